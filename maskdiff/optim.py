@@ -1,0 +1,201 @@
+"""The trained state in flat buffers: fp32 masters, moments, EMA, and the parameters as views of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import OptimConfig
+
+ALIGN = 16  # elements: every parameter starts on 64 bytes of fp32
+PARTS = ("master", "exp_avg", "exp_avg_sq", "ema")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one parameter lies in every flat buffer."""
+
+    name: str
+    offset: int
+    shape: torch.Size
+    low: bool  # kept in the low-precision copy: weights and biases of matrix products
+    decay: bool  # decayed by AdamW
+
+    def view(self, flat: Tensor) -> Tensor:
+        return flat[self.offset : self.offset + self.shape.numel()].view(self.shape)
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What changes from step to step. All else about the optimizer is fixed for a run."""
+
+    lr: float
+    clip: float | None  # bound on the global gradient norm
+
+
+class FlatState:
+    """Owns everything that is trained or counted; the model's parameters become views of it.
+
+    `master`, `exp_avg`, `exp_avg_sq`, `ema` are float32 [size]. With a low precision, weights and biases of matrix
+    products are views of `low` [low_size] in that dtype, rounded from the masters after each update, and all others
+    are views of the masters; in float32 every parameter is a view of its master. Gradients stay autograd's own.
+
+    Build it from float32 weights, on the device where the model lies. Raises ValueError for other dtypes.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32) -> None:
+        params = dict(model.named_parameters())
+        if wrong := [name for name, p in params.items() if p.dtype != torch.float32]:
+            raise ValueError(f"masters are built from float32 weights; {wrong[0]} is {params[wrong[0]].dtype}")
+        self.model, self.config, self.dtype = model, config, dtype
+        matmul = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        # Matrices first, then their biases, then the rest: the decayed and the low-precision part are prefixes.
+        order = sorted(params, key=lambda name: (name not in matmul, params[name].dim() < 2))
+        self.segments: list[Segment] = []
+        offset = self.low_size = 0
+        for name in order:
+            low = name in matmul
+            decay = config.decay_all or (low and params[name].dim() >= 2)
+            self.segments.append(Segment(name, offset, params[name].shape, low, decay))
+            offset += -(-params[name].numel() // ALIGN) * ALIGN
+            self.low_size = offset if low else self.low_size
+        self.params = [params[name] for name in order]
+        device = self.params[0].device
+        self.master, self.exp_avg, self.exp_avg_sq, self.ema = (torch.zeros(offset, device=device) for _ in PARTS)
+        self.low = torch.zeros(self.low_size if dtype != torch.float32 else 0, dtype=dtype, device=device)
+        with torch.no_grad():
+            for segment, param in zip(self.segments, self.params, strict=True):
+                segment.view(self.master).copy_(param)
+        self.adam_step = torch.zeros((), device=device)  # updates made, skipped ones not counted
+        self.ema_step = torch.zeros((), device=device)
+        self.sample = 0  # number of the next sample of the run's stream
+        self.step = 0  # steps made, skipped ones counted
+        self.ema.copy_(self.master)
+        self._bind(self.master, self.low)
+        self._round()
+
+    def _bind(self, master: Tensor, low: Tensor) -> None:
+        for segment, param in zip(self.segments, self.params, strict=True):
+            param.data = segment.view(low if segment.low and low.numel() else master)
+
+    def _round(self) -> None:
+        if self.low.numel():
+            self.low.copy_(self.master[: self.low_size])
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        return [segment.view(flat) for segment in self.segments]
+
+    def gradients(self) -> list[Tensor]:
+        """Takes the gradients off the parameters, which are left without; a missing one is an error."""
+        grads: list[Tensor] = []
+        for segment, param in zip(self.segments, self.params, strict=True):
+            if param.grad is None:
+                raise ValueError(f"parameter {segment.name} has no gradient: it took no part in the loss")
+            grads.append(param.grad)
+            param.grad = None
+        return grads
+
+    def fresh(self) -> None:
+        """Starts the moments and the EMA anew from the present weights, as a separate run would."""
+        for flat in (self.exp_avg, self.exp_avg_sq, self.adam_step, self.ema_step):
+            flat.zero_()
+        self.ema.copy_(self.master)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[nn.Module]:
+        """Lends the model with its EMA weights; the trained ones are back afterwards, untouched."""
+        self._bind(self.ema, self.ema[: self.low_size].to(self.dtype) if self.low.numel() else self.low)
+        try:
+            yield self.model
+        finally:
+            self._bind(self.master, self.low)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever is done inside is undone at the end: the way to time steps that must not count."""
+        tensors = [getattr(self, part) for part in PARTS] + [self.adam_step, self.ema_step]
+        saved, counts = [t.clone() for t in tensors], (self.sample, self.step)
+        try:
+            yield
+        finally:
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+            self.sample, self.step = counts
+            self._round()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything to save, by name: `master.<parameter>` and so on, and the counters on the device."""
+        named = {
+            f"{part}.{segment.name}": segment.view(getattr(self, part)) for part in PARTS for segment in self.segments
+        }
+        return named | {"adam_step": self.adam_step, "ema_step": self.ema_step}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes up what `tensors` saved. Raises ValueError for missing or extra names and for other shapes."""
+        own = self.tensors()
+        if odd := sorted(own.keys() ^ tensors.keys()):
+            raise ValueError(f"the saved state does not fit this model: {odd[0]} is in one of them only")
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise ValueError(f"{name}: saved shape {list(tensors[name].shape)}, model's {list(tensor.shape)}")
+            tensor.copy_(tensors[name])
+        self._round()
+
+
+@torch.no_grad()
+def adamw_ema(state: FlatState, grads: list[Tensor], hyper: Hyper) -> tuple[Tensor, Tensor]:
+    """Clips, updates the masters by AdamW, the EMA and the low-precision weights.
+
+    Args:
+        state: what is updated, in place.
+        grads: one gradient per segment of `state`, float32 or the low dtype. They are overwritten.
+        hyper: learning rate and bound on the gradient norm.
+
+    Returns (gradient norm before clipping [] float32, skipped [] float32: 1 where a gradient was not finite; then
+    nothing but the step count changed). Never waits for the device.
+
+    The EMA's decay rises as (1 + k) / (10 + k) to its final value, so that early averages are not stuck at the start.
+    Source: Loshchilov & Hutter 2019 (AdamW); the skip is PyTorch's `found_inf`.
+    """
+    config = state.config
+    grads = [grad if grad.dtype == torch.float32 else grad.float() for grad in grads]
+    norm = torch.nn.utils.get_total_norm(grads)
+    skipped = (~torch.isfinite(norm)).float()
+    # PyTorch's kernel divides by grad_scale on the fly: clipping costs no pass of its own.
+    scale = (norm / hyper.clip).clamp_(min=1.0) if hyper.clip is not None else None
+    state.adam_step += 1 - skipped
+    state.ema_step += 1 - skipped
+    masters, exp_avgs, exp_avg_sqs = (state.views(flat) for flat in (state.master, state.exp_avg, state.exp_avg_sq))
+    for decay in (True, False):
+        chosen = [i for i, segment in enumerate(state.segments) if segment.decay == decay]
+        if not chosen:
+            continue
+        torch._fused_adamw_(
+            [masters[i] for i in chosen],
+            [grads[i] for i in chosen],
+            [exp_avgs[i] for i in chosen],
+            [exp_avg_sqs[i] for i in chosen],
+            [],
+            [state.adam_step] * len(chosen),
+            lr=hyper.lr,
+            beta1=config.betas[0],
+            beta2=config.betas[1],
+            weight_decay=config.weight_decay if decay else 0.0,
+            eps=config.eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=scale,
+            found_inf=skipped,
+        )
+    ema_decay = torch.clamp((1 + state.ema_step) / (10 + state.ema_step), max=config.ema)
+    state.ema.lerp_(state.master, (1 - ema_decay) * (1 - skipped))
+    state._round()
+    state.step += 1
+    return norm, skipped

@@ -1,0 +1,57 @@
+"""Where a run computes and in which dtype: device and precision, resolved once and said plainly."""
+
+import ctypes
+import platform
+
+import torch
+
+from .errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device that `auto`, `cpu` or `cuda` stands for here. Raises UserError when it is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device is auto, cpu or cuda, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device; check the driver, or use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """True where bf16 matrix products run in hardware: AVX-512-BF16 or AMX processors, GPUs from sm_80."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """Returns the compute dtype that `auto`, `bf16` or `fp32` stands for on this device.
+
+    Raises UserError for bf16 where the device has it only in software: it would be many times slower than fp32.
+    """
+    if name not in ("auto", "bf16", "fp32"):
+        raise UserError(f"--precision is auto, bf16 or fp32, not {name!r}")
+    if name == "fp32":
+        return torch.float32
+    native = has_native_bf16(device)
+    if name == "bf16" and not native:
+        raise UserError(
+            f"--precision bf16: this {'GPU' if device.type == 'cuda' else 'processor'} has no bf16 matrix products "
+            "(it takes AVX-512-BF16, AMX, or a GPU from sm_80); use --precision fp32 or auto"
+        )
+    return torch.bfloat16 if native else torch.float32
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc's malloc keep large freed blocks instead of returning them to the kernel after each use.
+
+    A training step frees and takes the same activations again and again; page faults alone took a third of a step at
+    90 % masked. Returns False where malloc is not glibc's. Never call it for one contestant of a benchmark only.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))

@@ -1,0 +1,91 @@
+"""One training step: draw, gather and noise the visible patches, predict, score, update. Nothing here waits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskdiff_kernels import Batch, Mask, Store, denoising_loss, draw_batch, noisy_patches
+
+from .model import UViT
+from .optim import FlatState, Hyper, adamw_ema
+
+
+@dataclass(frozen=True)
+class Source:
+    """What samples are drawn from, on the training device."""
+
+    store: Store
+    ids: Tensor  # [N] int64: rows of the store that may be drawn
+    labels: Tensor | None  # [rows, A] int32, -1 = missing; None where the model takes no label
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a sample is noised and scored; the same in every stage of a run."""
+
+    alpha_sigma: Tensor  # [T, 2] float32
+    weight: Tensor | None  # [T] float32
+    target: str  # "eps" | "x0" | "v"
+    flip: float
+    label_dropout: float
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars on the device."""
+
+    loss: Tensor  # [] float32
+    grad_norm: Tensor  # [] float32
+    skipped: Tensor  # [] float32, 1 where a gradient was not finite
+
+
+def draw(source: Source, objective: Objective, mask: Mask, seed: Tensor, n: Tensor) -> Batch:
+    """Draws the samples numbered `n` [B] int64 of the stream that `seed` [1] int64 names."""
+    return draw_batch(
+        seed,
+        n,
+        source.ids,
+        source.store.grid,
+        mask,
+        timesteps=objective.alpha_sigma.shape[0],
+        flip=objective.flip,
+        label_dropout=objective.label_dropout,
+        backend=objective.backend,
+    )
+
+
+def batch_loss(
+    model: UViT, source: Source, objective: Objective, mask: Mask, batch: Batch, seed: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Returns (mean [], per sample [B]), the masked denoising loss of a drawn batch, differentiable in the weights."""
+    backend = objective.backend
+    noisy = noisy_patches(source.store, batch, objective.alpha_sigma, seed, dtype=dtype, backend=backend)  # [B, K, E]
+    label = None
+    if source.labels is not None:
+        label = source.labels.index_select(0, batch.image_ids).masked_fill(batch.drop_label[:, None], -1)  # [B, A]
+    prediction = model(noisy, batch.timestep, label, None if mask.kind == "dense" else batch.keep_ids)
+    return denoising_loss(
+        prediction,
+        source.store,
+        batch,
+        objective.alpha_sigma,
+        seed,
+        target=objective.target,
+        weight=objective.weight,
+        backend=backend,
+    )
+
+
+def train_step(
+    state: FlatState, source: Source, objective: Objective, mask: Mask, seed: Tensor, batch: int, hyper: Hyper
+) -> StepResult:
+    """Trains on the next `batch` samples of the stream. The state alone changes."""
+    n = torch.arange(state.sample, state.sample + batch, device=seed.device)  # [B]
+    drawn = draw(source, objective, mask, seed, n)
+    loss, _ = batch_loss(state.model, source, objective, mask, drawn, seed, state.dtype)
+    loss.backward()
+    norm, skipped = adamw_ema(state, state.gradients(), hyper)
+    state.sample += batch
+    return StepResult(loss.detach(), norm, skipped)
