@@ -1,0 +1,70 @@
+# What a user and a developer type. `make train` and `make test` start from nothing but Python 3.10+ and a C++ compiler.
+#   make train     sets up .venv, builds the kernels, trains the default preset into runs/first, draws samples
+#   make test      style, types, build, tests
+#   make mutants   plants small faults one at a time: the tests must notice each
+#   make build     compiles the kernels again after a change in csrc/
+# Variables: TORCH='torch==2.13.0' (what pip installs), PYTHON=python3, OUT=runs/first, TRAIN='--preset digits' (more options).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OUT ?= runs/first
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+.PHONY: help train test mutants build lint types clean
+
+help:
+	@sed -n '2,5s/^#   //p' Makefile
+
+# A run folder is never overwritten: if $(OUT) is there, the next free numbered one is taken.
+train: .venv/.installed
+	@out="$(OUT)"; n=2; while [ -e "$$out" ]; do out="$(OUT)-$$n"; n=$$((n + 1)); done; \
+	$(BIN)/python -m maskdiff.train --out "$$out" $(TRAIN); \
+	$(BIN)/python -m maskdiff.sample "$$out" --out "$$out/samples.png"; \
+	echo "samples: $$out/samples.png"
+
+test: .venv/.installed-test lint types build
+	$(BIN)/python -m pytest
+
+mutants: .venv/.installed-test
+	$(BIN)/python tests/mutants.py
+
+build: .venv/.installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_kernels --inplace
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# Type checkers do not see through an editable install of kernels/, so they get a folder of links.
+types: .venv/.installed-test
+	@mkdir -p build/links && ln -sfn ../../maskdiff build/links/maskdiff && ln -sfn ../../kernels build/links/maskdiff_kernels
+	cd build/links && ../../$(BIN)/mypy --config-file ../../pyproject.toml maskdiff maskdiff_kernels
+
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	@command -v c++ > /dev/null || { echo "error: a C++ compiler is needed (GCC 10 or newer), and no c++ is there" >&2; exit 2; }
+	@echo "== setting up .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -q 'setuptools>=77' $$(command -v cmake > /dev/null || echo cmake ninja)
+	@touch $@
+
+.venv/.torch: .venv/.created
+	@echo "== installing $(TORCH)"
+	$(PIP) install $(TORCH)
+	@touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml setup.py CMakeLists.txt
+	@echo "== installing maskdiff and what it needs, building its kernels"
+	$(PIP) install -e .
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	@echo "== installing the test tools"
+	$(PIP) install -q -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info kernels/lib .venv
