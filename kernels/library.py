@@ -1,0 +1,76 @@
+"""Loads the compiled libraries by ctypes; one helpful error where one is absent, or built from other sources."""
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from maskdiff_kernels.source_version import LIBRARIES, expected_version
+
+ABI = 1  # must equal MASKDIFF_ABI in csrc/maskdiff_kernels.h: changed with any exported function or struct
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")  # in the order of the numbers that the library uses
+
+
+class LibraryError(RuntimeError):
+    """A compiled library is missing, or was built from other sources than those it is used with."""
+
+
+@functools.cache
+def cpu() -> ctypes.CDLL:
+    """The CPU library, checked and set to the instruction set that MASKDIFF_CPU_ISA allows. Raises LibraryError."""
+    path = LIBRARIES / "libmaskdiff_cpu.so"
+    if not path.is_file():
+        raise LibraryError(
+            f"the compiled kernels are missing ({path}): run `pip install -e .` in the repository, "
+            "or set MASKDIFF_KERNELS=reference to use the slow PyTorch implementations"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        abi, version = library.maskdiff_abi, library.maskdiff_source_version
+    except (OSError, AttributeError) as error:
+        raise LibraryError(f"{path} does not load ({error}): run `pip install -e .` in the repository") from error
+    version.restype = ctypes.c_char_p
+    built, expected = version().decode(), expected_version()
+    if abi() != ABI or built != expected:
+        raise LibraryError(
+            f"{path} is stale (built from sources {built}, these are {expected}): "
+            "run `pip install -e .` in the repository"
+        )
+    wanted = os.environ.get("MASKDIFF_CPU_ISA")
+    if wanted:
+        _set_level(library, wanted, "MASKDIFF_CPU_ISA")
+    return library
+
+
+def cpu_level() -> str:
+    """The instruction set in use: "baseline", "avx2", "avx512" or "avx512_bf16". Raises LibraryError."""
+    return LEVELS[cpu().maskdiff_cpu_level()]
+
+
+def cpu_levels() -> tuple[str, ...]:
+    """The instruction sets that both this processor and this library have, lowest first. Raises LibraryError."""
+    return LEVELS[: cpu().maskdiff_cpu_best_level() + 1]
+
+
+@contextmanager
+def use_cpu_level(name: str) -> Iterator[None]:
+    """Runs a block of code at another instruction set, for the whole process: a tool of tests and benchmarks."""
+    before = cpu_level()
+    _set_level(cpu(), name, "name")
+    try:
+        yield
+    finally:
+        _set_level(cpu(), before, "name")
+
+
+def _set_level(library: ctypes.CDLL, name: str, argument: str) -> None:
+    present = LEVELS[: library.maskdiff_cpu_best_level() + 1]
+    if name not in present:
+        raise ValueError(f"{argument}: got {name!r}, takes one of {', '.join(present)} on this processor")
+    library.maskdiff_cpu_set_level(LEVELS.index(name))
+
+
+def source_version() -> str:
+    """The version of the sources that the loaded CPU library was built from. Raises LibraryError."""
+    return cpu().maskdiff_source_version().decode()

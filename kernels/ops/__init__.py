@@ -1,0 +1,1 @@
+"""The ops, one folder each: op.py (contract, checks, registration), reference.py (meaning), one file per kernel."""

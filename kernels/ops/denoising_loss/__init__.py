@@ -1,0 +1,1 @@
+"""The op denoising_loss: op.py is its contract, reference.py its meaning."""

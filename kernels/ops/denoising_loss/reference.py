@@ -1,0 +1,52 @@
+"""denoising_loss in plain PyTorch: what the op means. `compute` is float64 where a test wants the truth."""
+
+import torch
+from torch import Tensor
+
+from maskdiff_kernels.ops.noisy_patches import reference as noisy
+from maskdiff_kernels.ops.samples import Samples, sample_of
+
+
+def run(
+    prediction: Tensor,  # [B, K, P*P*C] or [M, P*P*C]
+    samples: Samples,
+    target: str,
+    weight: Tensor | None,  # [T] float32
+    needs_grad: bool,
+    compute: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [], per-sample losses [B], and 2 weight_t (prediction - target), shaped and typed like the prediction.
+
+    The last is the gradient but for the incoming gradients and the count of elements, which the backward brings in:
+    that keeps it of order 1, so that float16 does not lose it.
+    """
+    if prediction.is_cpu:
+        samples.check_ranges()
+    sample, batch = samples.sample(), len(samples.n)
+    difference = prediction.reshape(len(sample), samples.size).to(compute) - targets(samples, target, compute)
+    weights = torch.ones(batch, device=sample.device) if weight is None else weight[samples.timestep]
+    sums = torch.zeros(batch, dtype=compute, device=sample.device)
+    sums = sums.index_add(0, sample, difference.square().sum(1))
+    counts = torch.bincount(sample, minlength=batch).clamp(min=1) * samples.size
+    per_sample = weights * (sums / counts)
+    if not needs_grad:
+        return per_sample.mean(), per_sample, prediction.new_empty(0)
+    error = 2 * weights[sample, None] * difference
+    return per_sample.mean(), per_sample, error.to(prediction.dtype).view(prediction.shape)
+
+
+def targets(samples: Samples, target: str, compute: torch.dtype) -> Tensor:  # [M, P*P*C]
+    """What a perfect model would predict."""
+    if target == "x0":
+        return noisy.clean(samples, compute)
+    if target == "eps":
+        return noisy.noise(samples, compute)
+    alpha, sigma = noisy.coefficients(samples, compute)
+    return alpha * noisy.noise(samples, compute) - sigma * noisy.clean(samples, compute)
+
+
+def run_backward(error: Tensor, cu_patches: Tensor | None, factor: Tensor) -> Tensor:
+    """error times the factor [B] of its sample, rounded once."""
+    if cu_patches is None:
+        return (error * factor[:, None, None]).to(error.dtype)
+    return (error * factor[sample_of(error, cu_patches), None]).to(error.dtype)

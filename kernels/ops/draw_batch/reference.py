@@ -1,0 +1,115 @@
+"""draw_batch in plain PyTorch: what the op means. Purposes and formats are those of maskdiff_kernels.philox."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskdiff_kernels import philox
+
+
+class Draw(NamedTuple):
+    """The checked arguments of the op. Probabilities have become thresholds that a word must lie below."""
+
+    seed: Tensor  # [1] int64
+    n: Tensor  # [B] int64
+    ids: Tensor | None  # [N] int64
+    images: int
+    grid: tuple[int, int]
+    kind: str
+    size: int
+    counts: tuple[int, ...]
+    timesteps: int
+    flip: int  # floor(probability * 2^32)
+    label_dropout: int
+
+
+def run(draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Image ids [B], visible patches [B, K] or [M], cu_patches [B + 1] or [0], flips [B], timesteps [B], drops [B]."""
+    position = shuffled(draw.seed, draw.n, draw.images)
+    counts = _counts(draw)
+    ids = _visible(draw, counts, max(draw.counts))
+    if len(draw.counts) == 1:
+        keep_ids, cu_patches = ids, counts[:0]
+    else:
+        total = len(draw.n) // len(draw.counts) * sum(draw.counts)
+        cu_patches = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        sample = torch.repeat_interleave(torch.arange(len(counts), device=ids.device), counts, output_size=total)
+        keep_ids = ids[sample, torch.arange(total, device=ids.device) - cu_patches[sample]]
+    return (
+        position if draw.ids is None else draw.ids[position],
+        keep_ids.to(torch.int32).contiguous(),
+        cu_patches.to(torch.int32),
+        _word(draw, philox.FLIP) < draw.flip,
+        philox.high(_word(draw, philox.TIMESTEP), draw.timesteps),
+        _word(draw, philox.LABEL_DROPOUT) < draw.label_dropout,
+    )
+
+
+def shuffled(
+    seed: Tensor,  # [1] int64
+    n: Tensor,  # [B] int64
+    images: int,
+) -> Tensor:  # [B] int64 in [0, images)
+    """Where sample n stands in the order of its epoch n // images: a permutation of 0 .. images - 1 in each epoch.
+
+    An 8-round Feistel network on pairs of digits of base a = ceil(sqrt(images)), walked until it falls in range.
+    """
+    base = math.isqrt(images - 1) + 1
+    epoch, x = n // images, n % images
+    inside = torch.zeros_like(x, dtype=torch.bool)
+    while not bool(inside.all()):
+        left, right = x // base, x % base
+        for r in range(8):
+            word = philox.words(seed, epoch, philox.ORDER, 2 * right + r // 4)[..., r % 4]
+            left, right = right, (left + philox.high(word, base)) % base
+        x = torch.where(inside, x, base * left + right)
+        inside = x < images
+    return x
+
+
+def _word(draw: Draw, purpose: int) -> Tensor:  # [B] int64
+    return philox.elements(draw.seed, draw.n, purpose, 1)[:, 0]
+
+
+def _counts(draw: Draw) -> Tensor:  # [B] int64
+    """Visible patches of each sample: a group shares its counts out by the sorted words of its first sample."""
+    counts = torch.tensor(draw.counts, device=draw.n.device)
+    group = len(draw.counts)
+    if group == 1:
+        return counts.expand(len(draw.n))
+    return counts[_ranked(philox.elements(draw.seed, draw.n[::group], philox.RAGGED, group))].flatten()
+
+
+def _ranked(word: Tensor) -> Tensor:  # [..., n] int64 -> [..., n] int64
+    """Indices in ascending order of (word << 32 | index)."""
+    index = torch.arange(word.shape[-1], device=word.device)
+    return (word - 2**31 << 32 | index).sort(dim=-1).values & 0xFFFFFFFF
+
+
+def _visible(draw: Draw, counts: Tensor, most: int) -> Tensor:  # [B] -> [B, most]
+    """Visible patches of each sample, ascending; a sample with fewer than `most` is filled up with the patch count."""
+    down, across = draw.grid
+    device, end = draw.n.device, down * across
+    if draw.kind == "dense":
+        return torch.arange(end, device=device).expand(len(draw.n), end)
+    if draw.kind == "crop":
+        side = torch.arange(math.isqrt(most), device=device)
+        roots = torch.tensor([math.isqrt(count) for count in draw.counts], device=device)
+        table = torch.tensor(draw.counts, device=device)
+        crop = roots[(counts[:, None] == table).long().argmax(1)][:, None, None]  # [B, 1, 1]
+        corner = philox.elements(draw.seed, draw.n, philox.MASK, 2)[:, :, None, None]
+        row = philox.high(corner[:, 0], down - crop + 1) + side[:, None]
+        column = philox.high(corner[:, 1], across - crop + 1) + side
+        inside = (side[:, None] < crop) & (side < crop)
+        ids = torch.where(inside, row * across + column, end).flatten(1)
+    else:
+        size = draw.size if draw.kind == "block" else 1
+        wide, area = across // size, size * size
+        blocks = _ranked(philox.elements(draw.seed, draw.n, philox.MASK, end // area))[:, : most // area, None]
+        cell = torch.arange(area, device=device)
+        ids = (blocks // wide * size + cell // size) * across + blocks % wide * size + cell % size
+        shown = torch.arange(most // area, device=device)[:, None] < counts[:, None, None] // area
+        ids = torch.where(shown, ids, end).flatten(1)
+    return ids.sort(dim=1).values
