@@ -1,0 +1,379 @@
+"""The run: stages, probes, logging, held-out loss, sample grids, checkpoints, resume."""
+
+import dataclasses
+import json
+import math
+import signal
+import statistics
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import maskdiff_kernels
+from maskdiff_kernels import Mask
+
+from . import checkpoint, data, flops, masking, precision, sampling
+from .config import Config, config_to_dict
+from .diffusion import Diffusion
+from .errors import UserError
+from .model import UViT
+from .optim import FlatState, Hyper
+from .pretrained import initial_weights
+from .runlog import DeviceScalars, MetricsFile, Progress
+from .stages import Stage, batch_of, learning_rate
+from .step import Objective, Source, batch_loss, draw, train_step
+
+HELDOUT_SAMPLES = 512
+MAX_SKIPS = 20  # steps in a row with a gradient that is not finite, before the run is given up
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage as it will run here: fixed before its first step, written down, never changed by a resume."""
+
+    mask: Mask
+    batch: int
+    steps: int
+    effective_rate: float
+    step_ms: float  # medians of the probe
+    dense_ms: float
+    speedup: float
+    ideal: float
+
+    def speed(self) -> str:
+        if self.mask.kind == "dense":
+            return ""
+        return f", {self.speedup:.2f}x faster than dense (ideal {self.ideal:.2f}x)"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run` leaves: its folder, the steps made, and the signal that stopped it early, if one did."""
+
+    path: Path
+    step: int
+    stopped_by: signal.Signals | None
+
+
+def run(config: Config, resume: bool = False) -> Run:
+    """Trains as `config` says, from the start or from the newest checkpoint of `config.out`.
+
+    A run that has no checkpoint yet starts again at 0. On a CPU a resumed run makes the very steps that an unbroken one
+    would have made, given the same thread count, instruction set and kernels.
+
+    Raises UserError for what the user can mend: an existing folder, data or checkpoint that does not fit, gradients
+    that stay non-finite.
+    """
+    return _Training(config, resume).run()
+
+
+class _Training:
+    def __init__(self, config: Config, resume: bool) -> None:
+        self.path = Path(config.out)
+        if not resume and self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"{self.path} exists; go on with it by --resume {self.path}, or name another folder by --out")
+        self.device = precision.resolve_device(config.device)
+        self.dtype = precision.resolve_precision(config.precision, self.device)
+        if self.device.type == "cpu":
+            precision.keep_freed_memory()
+        packed = data.prepare(config.data.path, config.model.image_size, config.model.patch, config.data.background)
+        self.config = config = _fit_labels(config, packed)
+        self.masks = [_resolve_mask(stage, config) for stage in config.stages]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = UViT(config.model)
+        if config.init is not None and not resume:
+            self.model.load_state_dict(initial_weights(config.init, config.init_weights, config.model))
+        self.model.to(self.device)
+        self.state = FlatState(self.model, config.optim, self.dtype)
+        diffusion = Diffusion(config.diffusion)
+        self.diffusion = diffusion
+        store = dataclasses.replace(packed.store, patches=packed.store.patches.to(self.device))
+        labels = packed.labels.to(self.device) if config.model.classes else None
+        self.source = Source(store, packed.train_ids.to(self.device), labels)
+        self.heldout = Source(store, packed.heldout_ids.to(self.device), labels)
+        weight = None if diffusion.weight is None else diffusion.weight.to(self.device)
+        alpha_sigma = diffusion.alpha_sigma.to(self.device)
+        self.objective = Objective(
+            alpha_sigma, weight, config.diffusion.target, config.data.flip, config.data.label_dropout
+        )
+        self.seed = torch.tensor([config.seed], device=self.device)
+        self.window = 1 if self.device.type == "cpu" else 20
+        self.totals = {"images_seen": 0, "tokens": 0, "flops": 0.0, "train_s": 0.0, "skipped_steps": 0}
+        self.skips_in_a_row = 0
+        self.stage = self.stage_step = 0
+        self.stopped_by: signal.Signals | None = None
+        self.plans: dict[int, StagePlan] = {}
+        self.packed_hash = packed.hash
+        if resume:
+            self._resume()
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_json(self.path / "config.json", config_to_dict(config))
+
+    # ---- state on disk
+
+    def _environment(self) -> dict[str, Any]:
+        """What bit-for-bit resume depends on beside the configuration."""
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "instruction_set": maskdiff_kernels.cpu_level(),
+            "kernels": maskdiff_kernels.chosen(self.device.type),
+            "torch": torch.__version__,
+            "data": self.packed_hash,
+        }
+
+    def _resume(self) -> None:
+        plans = self.path / "plans.json"
+        if plans.exists():
+            for key, plan in json.loads(plans.read_text()).items():
+                self.plans[int(key)] = StagePlan(**plan | {"mask": Mask(**_tuples(plan["mask"]))})
+        if not checkpoint.listing(self.path):
+            Progress.say(f"{self.path} has no checkpoint yet: starting again at step 0")
+            return
+        tensors, meta = checkpoint.load(checkpoint.latest(self.path))
+        now = self._environment()
+        if meta["environment"]["data"] != now["data"]:
+            raise UserError(f"the images at {self.config.data.path!r} are not those that {self.path} was trained on")
+        for key, value in meta["environment"].items():
+            if now[key] != value:
+                Progress.say(f"note: {key} was {value}, is {now[key]}: the run goes on, but not bit for bit the same")
+        try:
+            self.state.load(tensors)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.state.step, self.state.sample = meta["step"], meta["sample"]
+        self.stage, self.stage_step = meta["stage"], meta["stage_step"]
+        self.totals, self.skips_in_a_row = meta["totals"], meta["skips_in_a_row"]
+
+    def _save(self) -> None:
+        meta = {
+            "sample": self.state.sample,
+            "stage": self.stage,
+            "stage_step": self.stage_step,
+            "totals": self.totals,
+            "skips_in_a_row": self.skips_in_a_row,
+            "environment": self._environment(),
+            "config": config_to_dict(self.config),
+        }
+        checkpoint.save(self.path, self.state.step, self.state.tensors(), meta, self.config.keep_checkpoints)
+
+    # ---- planning a stage
+
+    def _plan(self, index: int) -> StagePlan:
+        """Times a few discarded steps, dense and masked in turn, and fixes the stage's length in steps."""
+        stage, mask = self.config.stages[index], self.masks[index]
+        visible = sum(mask.counts) / len(mask.counts)
+        extras = self.config.model.extras
+        batch = batch_of(stage, math.ceil(visible) + extras)
+        total = self.source.store.patches.shape[1]
+        dense = Mask("dense", 0, (total,))
+        times: dict[str, list[float]] = {"step": [], "dense": []}
+        with self.state.kept():
+            for turn in range(1 + max(1, self.config.probe_steps)):
+                for name, probed in (("step", mask), ("dense", dense)):
+                    if name == "dense" and mask.kind == "dense":
+                        continue
+                    start = self._now()
+                    train_step(self.state, self.source, self.objective, probed, self.seed, batch, Hyper(0.0, stage.clip))
+                    if turn:  # the first pair warms caches and allocator
+                        times[name].append(1e3 * (self._now() - start))
+        step_ms = statistics.median(times["step"])
+        dense_ms = statistics.median(times["dense"] or times["step"])
+        steps = stage.steps if stage.steps is not None else max(1, math.ceil(stage.minutes * 60e3 / step_ms))
+        plan = StagePlan(
+            mask=mask,
+            batch=batch,
+            steps=steps,
+            effective_rate=1 - visible / total,
+            step_ms=step_ms,
+            dense_ms=dense_ms,
+            speedup=dense_ms / step_ms,
+            ideal=flops.ideal(self.config.model, visible),
+        )
+        self.plans[index] = plan
+        _write_json(self.path / "plans.json", {key: dataclasses.asdict(value) for key, value in self.plans.items()})
+        return plan
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    # ---- the loop
+
+    def run(self) -> Run:
+        with ExitStack() as stack:
+            metrics = MetricsFile(self.path / "metrics.jsonl", self.state.step)
+            stack.callback(metrics.close)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
+            while self.stage < len(self.config.stages) and not self._done():
+                self._run_stage(metrics)
+                if self.stopped_by is None and not self._done():
+                    self.stage, self.stage_step = self.stage + 1, 0
+            self._save()
+            if self.stopped_by is None:
+                self._sample()
+        return Run(self.path, self.state.step, self.stopped_by)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.stopped_by = signal.Signals(number)  # the loop ends after the step in hand
+
+    def _done(self) -> bool:
+        limit = self.config.max_steps
+        return self.stopped_by is not None or (limit is not None and self.state.step >= limit)
+
+    def _run_stage(self, metrics: MetricsFile) -> None:
+        stage = self.config.stages[self.stage]
+        if stage.fresh and self.stage_step == 0:
+            self.state.fresh()
+        plan = self.plans.get(self.stage) or self._plan(self.stage)
+        name = f"stage {self.stage + 1}/{len(self.config.stages)} {stage.mask}"
+        visible, total = sum(plan.mask.counts) / len(plan.mask.counts), self.source.store.patches.shape[1]
+        Progress.say(
+            f"{name}: {plan.steps} steps of {plan.batch} images, {visible:g} of {total} patches visible "
+            f"({plan.effective_rate:.1%} masked), {plan.step_ms:.1f} ms a step{plan.speed()}"
+        )
+        progress = Progress(plan.steps, self.stage_step, name)
+        scalars = DeviceScalars(self.window)
+        lrs: list[float] = []
+        start = self._now()
+        while self.stage_step < plan.steps and not self._done():
+            lr = learning_rate(stage, self.stage_step, plan.steps)
+            hyper = Hyper(lr, stage.clip)
+            result = train_step(self.state, self.source, self.objective, plan.mask, self.seed, plan.batch, hyper)
+            scalars.add(result.loss, result.grad_norm, result.skipped)
+            lrs.append(lr)
+            self.stage_step += 1
+            due = [every and self.state.step % every == 0 for every in self._intervals()]
+            if not (scalars.full() or any(due) or self._done() or self.stage_step == plan.steps):
+                continue
+            rows = scalars.read()
+            step_s = (time.perf_counter() - start) / len(rows)
+            heldout = {"heldout_loss": self.heldout_loss()} if due[0] else {}
+            for i, (row, rate) in enumerate(zip(rows, lrs, strict=True)):
+                last = i == len(rows) - 1
+                self._log(metrics, plan, row, rate, step_s, self.state.step - len(rows) + i + 1, heldout if last else {})
+            progress.update(len(rows), rows[-1][0], plan.batch / step_s, plan.speed())
+            lrs = []
+            if due[1]:
+                self._save()
+            if due[2]:
+                self._sample()
+            start = self._now()
+        progress.close()
+
+    def _intervals(self) -> tuple[int, int, int]:
+        return self.config.heldout_every, self.config.checkpoint_every, self.config.sample_every
+
+    def _log(
+        self,
+        metrics: MetricsFile,
+        plan: StagePlan,
+        row: list[float],
+        lr: float,
+        step_s: float,
+        step: int,
+        extra: dict[str, float],
+    ) -> None:
+        loss, grad_norm, skipped = row
+        visible = sum(plan.mask.counts) / len(plan.mask.counts)
+        self.totals["images_seen"] += plan.batch
+        self.totals["tokens"] += round(plan.batch * (visible + self.config.model.extras))
+        self.totals["flops"] += plan.batch * flops.step_flops(self.config.model, visible)
+        self.totals["train_s"] += step_s
+        self.totals["skipped_steps"] += int(skipped)
+        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
+        metrics.write(
+            {
+                "step": step,
+                "stage": self.stage,
+                "loss": loss,
+                **{key: self.totals[key] for key in ("images_seen", "tokens", "flops")},
+                "step_ms": round(1e3 * step_s, 3),
+                "train_s": round(self.totals["train_s"], 4),
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "skipped": bool(skipped),
+                **extra,
+            }
+        )
+        if self.skips_in_a_row >= MAX_SKIPS:
+            kept = checkpoint.listing(self.path)
+            raise UserError(
+                f"step {step}: {MAX_SKIPS} steps in a row had gradients that are not finite; lower lr, set a clip (c1.0) "
+                f"or a longer warm-up; " + (f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet")
+            )
+
+    # ---- looking at the model
+
+    def heldout_loss(self) -> float:
+        """Dense loss of the EMA weights on fixed held-out samples: the same images, noise and timesteps every time."""
+        total = self.source.store.patches.shape[1]
+        objective = dataclasses.replace(self.objective, flip=0.0, label_dropout=0.0)
+        mask = Mask("dense", 0, (total,))
+        losses: list[Tensor] = []
+        with torch.no_grad(), self.state.ema_weights() as model:
+            for n in torch.arange(HELDOUT_SAMPLES, device=self.device).split(64):
+                batch = draw(self.heldout, objective, mask, self.seed, n)
+                losses.append(batch_loss(model, self.heldout, objective, mask, batch, self.seed, self.dtype)[1])
+        return torch.cat(losses).mean().item()
+
+    def _sample(self) -> None:
+        count = self.config.sample_count
+        if count <= 0:
+            return
+        labels = None
+        if self.source.labels is not None:
+            rows = self.heldout.ids[torch.arange(count, device=self.device) % len(self.heldout.ids)]
+            labels = self.source.labels[rows]
+        with self.state.ema_weights() as model:
+            images = sampling.sample(
+                model,
+                self.diffusion,
+                count,
+                labels=labels,
+                guidance=self.config.guidance,
+                steps=self.config.sample_steps,
+                seed=self.config.seed,
+            )
+        folder = self.path / "samples"
+        folder.mkdir(exist_ok=True)
+        sampling.grid(images).save(folder / f"step-{self.state.step:08d}.png")
+
+
+def _fit_labels(config: Config, packed: data.PackedSet) -> Config:
+    """Gives the model the classes that the data has, if it is to take labels."""
+    if not config.data.labels:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, classes=()))
+    if not packed.class_names:
+        raise UserError(f"data.labels is on, but {config.data.path!r} has no labels; use --no-data.labels")
+    classes = tuple(len(names) for names in packed.class_names)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, classes=classes))
+
+
+def _resolve_mask(stage: Stage, config: Config) -> Mask:
+    plan = masking.parse_mask(stage.mask)
+    side = config.model.image_size // config.model.patch
+    mask = masking.resolve(plan, (side, side), stage.batch or 1)
+    if len(mask.counts) > 1:
+        raise UserError(f"stage {stage.mask!r}: a range of mask rates cannot be trained yet; give one rate")
+    return mask
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)

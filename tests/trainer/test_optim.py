@@ -1,0 +1,154 @@
+"""FlatState and adamw_ema against plain PyTorch: values, skipping, rounding, borrowing, saving."""
+
+import pytest
+import torch
+from torch import nn
+
+from maskdiff.config import OptimConfig
+from maskdiff.optim import FlatState, Hyper, adamw_ema
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = nn.Parameter(torch.randn(1, 5, 8))
+        self.inner = nn.Linear(8, 12)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 3, bias=False)
+
+    def forward(self, x):
+        hidden = self.inner((x + self.table).to(self.inner.weight.dtype))
+        return self.head(self.norm(hidden.float()).to(self.head.weight.dtype)).float()
+
+
+def backward(model, seed):
+    x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(seed))
+    model(x).square().mean().backward()
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_equals_torch_adamw_and_ema(decay_all, clip):
+    config = OptimConfig(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, decay_all=decay_all, ema=0.5)
+    model, plain = Net(), Net()
+    state = FlatState(model, config)
+    decayed = {"inner.weight", "head.weight"} if not decay_all else {name for name, _ in plain.named_parameters()}
+    groups = [
+        {"params": [p for name, p in plain.named_parameters() if (name in decayed) == decay], "weight_decay": 0.1 * decay}
+        for decay in (True, False)
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), eps=1e-8)
+    ema = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    for step in range(12):
+        lr = 1e-2 / (1 + step)
+        backward(model, step)
+        norm, skipped = adamw_ema(state, state.gradients(), Hyper(lr, clip))
+        backward(plain, step)
+        expected_norm = nn.utils.clip_grad_norm_(plain.parameters(), clip if clip is not None else float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(0.5, (2 + step) / (11 + step))
+        for name, p in plain.named_parameters():
+            ema[name].lerp_(p.detach(), 1 - decay)
+        assert not skipped
+        torch.testing.assert_close(norm, expected_norm)
+    assert clip is None or expected_norm > clip  # else the clipping went untested
+    with state.ema_weights():
+        averaged = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(averaged[name], ema[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nonfinite_gradient_changes_nothing_but_the_count(bad, dtype):
+    state = FlatState(Net(), OptimConfig(), dtype)
+    backward(state.model, 0)
+    adamw_ema(state, state.gradients(), Hyper(1e-2, 1.0))
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    backward(state.model, 1)
+    grads = state.gradients()
+    grads[-1].view(-1)[0] = bad
+    _, skipped = adamw_ema(state, grads, Hyper(1e-2, 1.0))
+    assert skipped == 1 and state.step == 2
+    for name, tensor in state.tensors().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_low_precision_weights_are_rounded_masters():
+    model = Net()
+    state = FlatState(model, OptimConfig(), torch.bfloat16)
+    for step in range(3):
+        backward(model, step)
+        adamw_ema(state, state.gradients(), Hyper(1e-2, 1.0))
+    low = {"inner.weight", "inner.bias", "head.weight"}
+    for segment in state.segments:
+        param = model.get_parameter(segment.name)
+        assert param.dtype == (torch.bfloat16 if segment.name in low else torch.float32)
+        assert torch.equal(param, segment.view(state.master).to(param.dtype))
+    assert state.master[: state.low_size].to(torch.bfloat16).float().ne(state.master[: state.low_size]).any()
+
+
+def test_ema_weights_are_borrowed_and_given_back():
+    model = Net()
+    state = FlatState(model, OptimConfig(ema=0.9), torch.bfloat16)
+    backward(model, 0)
+    adamw_ema(state, state.gradients(), Hyper(1e-1, None))
+    trained = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="inside"), state.ema_weights():
+        assert any(not torch.equal(a, b) for a, b in zip(trained, model.parameters(), strict=True))
+        raise RuntimeError("inside")
+    assert all(torch.equal(a, b) for a, b in zip(trained, model.parameters(), strict=True))
+
+
+def test_kept_undoes_steps_exactly():
+    state = FlatState(Net(), OptimConfig(), torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    with state.kept():
+        backward(state.model, 0)
+        adamw_ema(state, state.gradients(), Hyper(1e-1, None))
+        state.sample += 4
+        assert not torch.equal(state.master, torch.zeros_like(state.master))
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
+    assert (state.step, state.sample) == (0, 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
+
+
+def test_fresh_resets_moments_and_ema_only():
+    state = FlatState(Net(), OptimConfig())
+    backward(state.model, 0)
+    adamw_ema(state, state.gradients(), Hyper(1e-1, None))
+    master = state.master.clone()
+    state.fresh()
+    assert torch.equal(state.master, master) and torch.equal(state.ema, master)
+    assert not state.exp_avg.any() and not state.exp_avg_sq.any() and state.adam_step == 0 and state.ema_step == 0
+
+
+def test_load_takes_up_what_was_saved_and_names_what_does_not_fit():
+    state, other = FlatState(Net(), OptimConfig()), FlatState(Net(seed=1), OptimConfig())
+    backward(state.model, 0)
+    adamw_ema(state, state.gradients(), Hyper(1e-2, None))
+    saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    other.load(saved)
+    for name, param in state.model.named_parameters():
+        assert torch.equal(param, other.model.get_parameter(name))
+    with pytest.raises(ValueError, match="ema.table is in one"):
+        other.load({name: tensor for name, tensor in saved.items() if name != "ema.table"})
+    with pytest.raises(ValueError, match=r"ema.table: saved shape \[3\]"):
+        other.load(saved | {"ema.table": torch.zeros(3)})
+
+
+def test_a_parameter_without_gradient_is_named():
+    state = FlatState(Net(), OptimConfig())
+    state.model.head(torch.zeros(1, 12)).sum().backward()
+    with pytest.raises(ValueError, match="inner.weight has no gradient"):
+        state.gradients()
+
+
+def test_masters_need_float32_weights():
+    with pytest.raises(ValueError, match="float32"):
+        FlatState(Net().to(torch.bfloat16), OptimConfig())

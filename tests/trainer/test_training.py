@@ -1,0 +1,205 @@
+"""The run as a whole, on a tiny model: resume bit for bit, signals, stages, logs, errors that lose nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from maskdiff import checkpoint, training
+from maskdiff.config import Config, config_to_dict
+from maskdiff.config import resolve as resolve_config
+from maskdiff.errors import UserError
+
+STAGES = "patch:0.75 x8 b16 lr2e-3 w4 c1.0 cosine, dense x6 b8 lr1e-3 c1.0 fresh"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def tiny(out, *more: str) -> Config:
+    argv = ["--data", "faces:200", "--out", str(out), "--stages", STAGES, "--precision", "fp32", "--device", "cpu"]
+    argv += ["--model.width", "32", "--model.blocks", "3", "--model.heads", "2", "--probe-steps", "1"]
+    argv += ["--checkpoint-every", "5", "--heldout-every", "7", "--sample-every", "0", "--sample-count", "0"]
+    return resolve_config([*argv, *more])
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def exact(run):
+    """What must be the same bit for bit in a broken and an unbroken run: all but the times."""
+    return [{key: value for key, value in row.items() if key not in ("step_ms", "train_s")} for row in rows(run)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, cache):
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    training.run(tiny(out))
+    return out
+
+
+def test_log_has_an_object_a_step(unbroken):
+    log = rows(unbroken)
+    assert [row["step"] for row in log] == list(range(1, 15))
+    assert [row["stage"] for row in log] == [0] * 8 + [1] * 6
+    assert [row["images_seen"] for row in log] == [16 * k for k in range(1, 9)] + [128 + 8 * k for k in range(1, 7)]
+    extras = 2  # the time token and the label token
+    assert log[7]["tokens"] == 8 * 16 * (16 + extras) and log[-1]["tokens"] - log[7]["tokens"] == 6 * 8 * (64 + extras)
+    assert all(a["flops"] < b["flops"] and a["train_s"] < b["train_s"] for a, b in zip(log, log[1:], strict=False))
+    assert [row["step"] for row in log if "heldout_loss" in row] == [7, 14]
+    assert log[0]["lr"] == pytest.approx(2e-3 / 4) and log[-1]["lr"] == 1e-3
+    keys = "step stage loss images_seen tokens flops step_ms train_s lr grad_norm skipped".split()
+    assert all(set(keys) <= row.keys() for row in log)
+
+
+def test_stage_plan_tells_speed_and_ideal(unbroken):
+    plans = json.loads((unbroken / "plans.json").read_text())
+    assert plans["0"]["effective_rate"] == 0.75 and plans["0"]["ideal"] > 3 and plans["0"]["dense_ms"] > 0
+    assert plans["1"]["ideal"] == 1 and plans["1"]["speedup"] == 1
+
+
+def test_the_saved_configuration_starts_the_same_run(unbroken, tmp_path):
+    config = resolve_config(["--config", str(unbroken / "config.json"), "--out", str(tmp_path / "again")])
+    training.run(config)
+    assert exact(tmp_path / "again") == exact(unbroken)
+
+
+@pytest.mark.parametrize("stop", [3, 8, 11])  # inside the first stage, at its end, inside the second
+def test_resume_is_bit_for_bit(unbroken, tmp_path, stop):
+    out = tmp_path / "run"
+    training.run(dataclasses.replace(tiny(out), max_steps=stop))
+    assert len(rows(out)) == stop
+    training.run(tiny(out), resume=True)
+    assert exact(out) == exact(unbroken)
+    ours, theirs = (checkpoint.load(checkpoint.latest(run))[0] for run in (out, unbroken))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+COMMAND = "import sys; from maskdiff import training; from maskdiff.config import resolve; training.run(resolve(sys.argv[1:]))"
+
+
+def start(config, *more, wait_for_step, env=None):
+    """Trains in another process and returns it once metrics.jsonl has `wait_for_step` lines."""
+    path = os.path.join(config.out, "metrics.jsonl")
+    file = config.out + ".json"
+    with open(file, "w") as stream:
+        json.dump(config_to_dict(config), stream)
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "--config", file, *more], stderr=subprocess.PIPE, text=True, env=env
+    )
+    for _ in range(1200):
+        if os.path.exists(path) and open(path).read().count("\n") >= wait_for_step:
+            return process
+        if process.poll() is not None:
+            raise AssertionError(process.stderr.read())
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError("the run never came so far")
+
+
+def long(out):
+    return dataclasses.replace(
+        tiny(out, "--stages", "patch:0.75 x100000 b16 lr2e-3 c1.0"), checkpoint_every=5, heldout_every=0
+    )
+
+
+def test_sigkill_then_resume_repeats_the_unbroken_losses(tmp_path):
+    config = long(str(tmp_path / "killed"))
+    process = start(config, wait_for_step=12)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed = tmp_path / "killed"
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99999, "lo')  # what a kill in the middle of a line leaves
+    at = checkpoint.load(checkpoint.latest(killed))[1]["step"]
+    end = at + 7
+    training.run(dataclasses.replace(config, max_steps=end), resume=True)
+    whole = dataclasses.replace(long(str(tmp_path / "whole")), max_steps=end)
+    training.run(whole)
+    assert at >= 10 and exact(killed) == exact(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_write_a_checkpoint(tmp_path, number):
+    config = dataclasses.replace(long(str(tmp_path / "run")), checkpoint_every=0)
+    process = start(config, wait_for_step=3)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    step = checkpoint.load(checkpoint.latest(tmp_path / "run"))[1]["step"]
+    assert step == len(rows(tmp_path / "run")) >= 3
+
+
+def test_killed_before_the_first_checkpoint_starts_again(tmp_path):
+    config = dataclasses.replace(long(str(tmp_path / "run")), checkpoint_every=0)
+    process = start(config, wait_for_step=3)
+    process.kill()
+    process.wait()
+    training.run(dataclasses.replace(config, max_steps=4), resume=True)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_existing_run_is_left_alone(unbroken):
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="--resume"):
+        training.run(tiny(unbroken))
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_images_are_an_error_on_resume(tmp_path):
+    out = tmp_path / "run"
+    training.run(dataclasses.replace(tiny(out), max_steps=2))
+    other = dataclasses.replace(tiny(out), data=dataclasses.replace(tiny(out).data, path="faces:201"))
+    with pytest.raises(UserError, match="not those"):
+        training.run(other, resume=True)
+
+
+def test_lasting_nonfinite_gradients_stop_the_run(tmp_path, monkeypatch):
+    real = training.train_step
+
+    def poisoned(state, *rest):
+        if state.step >= 4:
+            state.model.head.weight.data.fill_(float("nan"))
+        return real(state, *rest)
+
+    monkeypatch.setattr(training, "train_step", poisoned)
+    monkeypatch.setattr(training, "MAX_SKIPS", 3)
+    with pytest.raises(UserError, match="3 steps in a row .* the last checkpoint is"):
+        training.run(tiny(tmp_path / "run"))
+    log = rows(tmp_path / "run")
+    assert [row["skipped"] for row in log] == [False] * 4 + [True] * 3
+
+
+def test_init_from_a_run_starts_at_its_weights(unbroken, tmp_path):
+    for weights, part in (("ema", "ema."), ("raw", "master.")):
+        config = dataclasses.replace(tiny(tmp_path / weights), init=str(unbroken), init_weights=weights, max_steps=0)
+        training.run(config)
+        started = checkpoint.load(checkpoint.latest(tmp_path / weights))[0]
+        source = checkpoint.load(checkpoint.latest(unbroken))[0]
+        named = {name: tensor for name, tensor in source.items() if name.startswith(part)}
+        assert named and all(
+            torch.equal(tensor, started["master." + name.removeprefix(part)]) for name, tensor in named.items()
+        )
+
+
+def test_wall_clock_stage_becomes_steps_before_its_first(tmp_path):
+    out = tmp_path / "run"
+    training.run(tiny(out, "--stages", "patch:0.75 0.02m b16 lr2e-3"))
+    plan = json.loads((out / "plans.json").read_text())["0"]
+    assert plan["steps"] == len(rows(out)) and plan["steps"] == -(-0.02 * 60e3 // plan["step_ms"])
+
+
+def test_token_budget_sets_the_batch(tmp_path):
+    out = tmp_path / "run"
+    training.run(tiny(out, "--stages", "patch:0.75 x1 t360 lr2e-3"))
+    assert rows(out)[0]["images_seen"] == 360 // 18
