@@ -1,0 +1,251 @@
+"""Training stages and the string that describes them: 'block4:0.9 x5000 b256 lr2e-4 w500, dense 10m b64 cosine'."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from .errors import UserError
+from .masking import number_text, parse_mask
+
+GRAMMAR = (
+    "first KIND:RATE (patch, block4, crop) or dense or crop5, then in any order x5000 (steps) or 10m or 1.5h (time), "
+    "b64 (images a step) or t8192 (tokens a step), lr2e-4, w500 (warm-up steps), c1.0 (clip), "
+    "const or cosine or cool0.3, fresh"
+)
+
+Decay = Literal["const", "cosine"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run: a mask, a length, a batch and a learning rate."""
+
+    mask: str = "dense"
+    """patch:0.75, block4:0.9, crop:0.9, crop5 or dense"""
+    steps: int | None = None
+    """length in steps; or give minutes"""
+    minutes: float | None = None
+    """length in minutes of training time; or give steps"""
+    batch: int | None = 64
+    """images a step; or give tokens"""
+    tokens: int | None = None
+    """tokens a step, from which the images a step follow; or give batch"""
+    lr: float = 2e-4
+    """learning rate"""
+    warmup: int = 0
+    """steps over which the learning rate rises linearly from 0"""
+    clip: float | None = None
+    """largest gradient norm"""
+    decay: Decay = "const"
+    """course of the learning rate after the warm-up"""
+    cool: float = 0.0
+    """share of the stage, at its end, over which a constant learning rate falls linearly to 0"""
+    fresh: bool = False
+    """starts with zero moments and a new EMA, as a run of its own would"""
+
+
+def batch_of(
+    stage: Stage,
+    tokens_per_image: float,  # visible patches + time token (+ label token); of a range of rates the mean
+) -> int:
+    """Images a step. Raises UserError where the token budget does not hold one image."""
+    if stage.batch is not None:
+        return stage.batch
+    if stage.tokens is None or stage.tokens < tokens_per_image:
+        least = math.ceil(tokens_per_image)
+        raise UserError(
+            f"stage '{stage.mask}': {stage.tokens} tokens a step do not hold an image of {least} tokens; "
+            f"give t{least} or more"
+        )
+    return int(stage.tokens // tokens_per_image)
+
+
+def learning_rate(
+    stage: Stage,
+    step: int,  # of the stage, from 0
+    steps: int,  # length of the stage
+) -> float:
+    """The learning rate of a step: a function of the step alone, so that a resumed run continues it exactly.
+
+    The warm-up's first step has lr / warmup and its last one lr, so no step is spent at rate 0.
+    """
+    if step < stage.warmup:
+        return stage.lr * (step + 1) / stage.warmup
+    if stage.decay == "cosine":
+        done = (step - stage.warmup) / max(1, steps - stage.warmup)
+        return stage.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    if stage.cool > 0:
+        return stage.lr * min(1.0, max(0, steps - step) / (stage.cool * steps))
+    return stage.lr
+
+
+# Word -> the fields it sets. One entry a word; two words that set one field exclude each other.
+_INT = r"(\d+)"
+_FLOAT = r"((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+_WORDS: tuple[tuple[str, re.Pattern[str], str], ...] = (
+    ("x", re.compile("x" + _INT), "length"),
+    ("m", re.compile(_FLOAT + "m"), "length"),
+    ("h", re.compile(_FLOAT + "h"), "length"),
+    ("b", re.compile("b" + _INT), "batch"),
+    ("t", re.compile("t" + _INT), "batch"),
+    ("lr", re.compile("lr" + _FLOAT), "learning rate"),
+    ("w", re.compile("w" + _INT), "warm-up"),
+    ("c", re.compile("c" + _FLOAT), "clip"),
+    ("const", re.compile("const"), "decay"),
+    ("cosine", re.compile("cosine"), "decay"),
+    ("cool", re.compile("cool" + _FLOAT), "decay"),
+    ("fresh", re.compile("fresh"), "fresh"),
+)
+_EXAMPLES = {
+    "x": "x5000", "m": "10m", "h": "1.5h", "b": "b64", "t": "t8192", "lr": "lr2e-4", "w": "w500", "c": "c1.0",
+    "const": "const", "cosine": "cosine", "cool": "cool0.3", "fresh": "fresh",
+}  # fmt: skip
+_MEANT = {
+    "step": "x", "steps": "x", "minutes": "m", "min": "m", "hours": "h", "bs": "b", "batch": "b", "tokens": "t",
+    "warmup": "w", "warm": "w", "clip": "c", "constant": "const", "cos": "cosine", "linear": "cool", "l": "lr",
+}  # fmt: skip
+
+
+def parse_stages(
+    text: str,
+    masked: Stage = Stage(),  # noqa: B008 - frozen. What a masked stage takes where its words do not say
+    dense: Stage = Stage(),  # noqa: B008 - frozen. The same for a dense stage
+) -> tuple[Stage, ...]:
+    """Reads the stages of a run. The length is always said; the rest falls back to `masked` and `dense`.
+
+    Raises UserError with the stage, the word and its position (in characters, from 1), and what is accepted.
+    """
+    stages = []
+    start = 0
+    parts = text.split(",")
+    for number, part in enumerate(parts):
+        words = [(match.group(), start + match.start() + 1) for match in re.finditer(r"\S+", part)]
+        if not words:
+            where = f"stages {text!r}: stage {number} is empty" if len(parts) > 1 else "stages: the text is empty"
+            raise UserError(f"{where}; a stage is {GRAMMAR}")
+        stages.append(_parse_stage(number, words, masked, dense))
+        start += len(part) + 1
+    return tuple(stages)
+
+
+def _parse_stage(number: int, words: Sequence[tuple[str, int]], masked: Stage, dense: Stage) -> Stage:
+    first, position = words[0]
+    if _match(first) is not None:
+        raise UserError(
+            f"stage {number}: {first!r} (character {position}) stands where the mask does; start with dense"
+        )
+    try:
+        plan = parse_mask(first)
+    except UserError as error:
+        raise UserError(f"stage {number}, character {position}: {error}") from None
+    stage = replace(dense if plan.is_dense else masked, mask=first, steps=None, minutes=None, fresh=False)
+    said: dict[str, str] = {}
+    for word, position in words[1:]:
+        found = _match(word)
+        if found is None:
+            raise UserError(f"stage {number}: {word!r} (character {position}): {_unknown(word)}; a stage is {GRAMMAR}")
+        name, value, what = found
+        if what in said:
+            raise UserError(
+                f"stage {number}: {word!r} (character {position}) says the {what} again, after {said[what]!r}; keep one"
+            )
+        said[what] = word
+        try:
+            stage = replace(stage, **_fields(name, value))
+        except UserError as error:
+            raise UserError(f"stage {number}: {word!r} (character {position}): {error}") from None
+    if "length" not in said:
+        line = " ".join(word for word, _ in words)
+        raise UserError(f"stage {number} '{line}' has no length; add steps (x5000) or time (10m, 1.5h)")
+    return stage
+
+
+def _match(word: str) -> tuple[str, str, str] | None:
+    for name, pattern, what in _WORDS:
+        match = pattern.fullmatch(word)
+        if match:
+            return name, match.group(match.lastindex or 0), what
+    return None
+
+
+def _fields(name: str, value: str) -> dict[str, Any]:
+    number = float(value) if name not in ("const", "cosine", "fresh") else 0.0
+    if name in ("x", "m", "h", "b", "t", "lr") and not number > 0:
+        raise UserError(f"takes more than 0, such as {_EXAMPLES[name]!r}")
+    if not math.isfinite(number):
+        raise UserError(f"is too large; write for example {_EXAMPLES[name]!r}")
+    if name == "cool":
+        if not 0 < number <= 1:
+            raise UserError("takes the share of the stage over which the rate falls, above 0 and up to 1")
+        return {"decay": "const", "cool": number}
+    fields: dict[str, dict[str, Any]] = {
+        "x": {"steps": int(number)},
+        "m": {"minutes": number},
+        "h": {"minutes": number * 60},
+        "b": {"batch": int(number), "tokens": None},
+        "t": {"tokens": int(number), "batch": None},
+        "lr": {"lr": number},
+        "w": {"warmup": int(number)},
+        "c": {"clip": number or None},
+        "const": {"decay": "const", "cool": 0.0},
+        "cosine": {"decay": "cosine", "cool": 0.0},
+        "fresh": {"fresh": True},
+    }
+    return fields[name]
+
+
+def _unknown(word: str) -> str:
+    """What is wrong with a word, and the word that was probably meant."""
+    letters = "".join(re.findall(r"[A-Za-z]+", re.sub(r"(?<=\d)[eE](?=[-+\d])", "", word))).lower()
+    name = letters if letters in _EXAMPLES else _MEANT.get(letters)
+    if name is None:
+        if _is_mask(word):
+            return "a mask stands first in its stage; put a comma before it"
+        near = get_close_matches(letters, [*_EXAMPLES, *_MEANT], 1, 0.6)
+        name = _MEANT.get(near[0], near[0]) if near else None
+    if name is None:
+        return "no such word"
+    if name == letters:
+        return f"not of the form {_EXAMPLES[name]!r}"
+    return f"no such word, did you mean {_EXAMPLES[name]!r}?"
+
+
+def templates(stages: Sequence[Stage]) -> tuple[Stage, Stage]:
+    """What a new masked and a new dense stage take over from `stages`: the first of their kind, else the first."""
+    first = stages[0] if stages else Stage()
+    masked = next((stage for stage in stages if not parse_mask(stage.mask).is_dense), first)
+    dense = next((stage for stage in stages if parse_mask(stage.mask).is_dense), first)
+    return masked, dense
+
+
+def _is_mask(word: str) -> bool:
+    """Whether a word is a valid mask."""
+    try:
+        parse_mask(word)
+    except UserError:
+        return False
+    return True
+
+
+def format_stages(stages: Sequence[Stage]) -> str:
+    """The text that `parse_stages` reads back as the same stages, whatever its defaults."""
+    return ", ".join(_format_stage(stage) for stage in stages)
+
+
+def _format_stage(stage: Stage) -> str:
+    words = [stage.mask]
+    if stage.steps is not None:
+        words.append(f"x{stage.steps}")
+    if stage.minutes is not None:
+        words.append(f"{number_text(stage.minutes)}m")
+    words.append(f"t{stage.tokens}" if stage.batch is None else f"b{stage.batch}")
+    words.append(f"lr{number_text(stage.lr)}")
+    words.append(f"w{stage.warmup}")
+    words.append(f"c{number_text(stage.clip or 0)}")
+    words.append(f"cool{number_text(stage.cool)}" if stage.cool else stage.decay)
+    if stage.fresh:
+        words.append("fresh")
+    return " ".join(words)

@@ -1,0 +1,131 @@
+"""The string that describes stages: grammar, exact errors, round trip, and the course of the learning rate."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from maskdiff.errors import UserError
+from maskdiff.stages import Stage, batch_of, format_stages, learning_rate, parse_stages, templates
+
+
+def test_the_grammar():
+    text = "block4:0.9 x5000 b256 lr2e-4 w500, patch:0.5-0.9 x1000 b64, dense 10m b64"
+    assert parse_stages(text) == (
+        Stage("block4:0.9", steps=5000, batch=256, lr=2e-4, warmup=500),
+        Stage("patch:0.5-0.9", steps=1000, batch=64),
+        Stage("dense", minutes=10.0, batch=64),
+    )
+    assert parse_stages("crop5 fresh cosine c1.0 t8192 1.5h") == (
+        Stage("crop5", minutes=90.0, batch=None, tokens=8192, clip=1.0, decay="cosine", fresh=True),
+    )
+    assert parse_stages("dense .5m cool0.3 c0") == (Stage("dense", minutes=0.5, cool=0.3),)
+
+
+def test_words_come_in_any_order():
+    words = ["x10", "b8", "lr0.1", "w2", "c3", "cosine", "fresh"]
+    expected = parse_stages("dense " + " ".join(words))
+    assert parse_stages("dense " + " ".join(reversed(words))) == expected
+    assert parse_stages("  dense   " + "   ".join(words) + " ") == expected
+
+
+def test_what_is_left_out_comes_from_the_templates():
+    masked = Stage("patch:0.5", steps=7, batch=256, lr=1e-3, warmup=9, clip=1.0, cool=0.3, fresh=True)
+    dense = Stage("dense", steps=7, batch=16, lr=1e-4)
+    first, second = parse_stages("block2:0.9 x3, dense 5m c2", *templates((masked, dense)))
+    assert first == replace(masked, mask="block2:0.9", steps=3, fresh=False)
+    assert second == replace(dense, steps=None, minutes=5.0, clip=2.0)
+    assert parse_stages("dense x1 const", masked, masked)[0].cool == 0
+    assert parse_stages("dense x1 cool0.5", masked, replace(dense, decay="cosine"))[0].decay == "const"
+    assert parse_stages("dense x1 c0", masked, masked)[0].clip is None
+    assert parse_stages("dense x1 t99", masked, masked)[0].batch is None
+    assert parse_stages("dense x1 b9", masked, replace(masked, batch=None, tokens=99))[0].tokens is None
+    assert templates((masked,)) == (masked, masked) and templates((dense,)) == (dense, dense)
+    assert templates(()) == (Stage(), Stage())
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        Stage("patch:0.75", steps=1),
+        Stage("dense", minutes=1 / 3, batch=None, tokens=99, lr=1 / 3, warmup=7, clip=0.1, decay="cosine", fresh=True),
+        Stage("crop5", steps=10**9, lr=1e-9, cool=0.3),
+        Stage("block4:0.5-0.9", minutes=90.0, lr=5.0, clip=1e-3),
+    ],
+)
+def test_round_trip(stage):
+    foreign = Stage("dense", batch=None, tokens=5, lr=9.0, warmup=9, clip=9.0, cool=0.9)
+    text = format_stages((stage, stage))
+    assert parse_stages(text) == (stage, stage)
+    assert parse_stages(text, foreign, foreign) == (stage, stage)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["the text is empty", "first KIND:RATE"]),
+        ("dense x5,", ["stage 1 is empty"]),
+        ("dense x5, , dense x5", ["stage 1 is empty"]),
+        ("dense b64", ["stage 0 'dense b64' has no length", "x5000", "10m"]),
+        ("dense", ["has no length"]),
+        ("x500 dense", ["stage 0", "'x500' (character 1)", "start with dense"]),
+        ("dense x5, pach:0.5 x5", ["stage 1, character 11", "'pach'", "'patch'"]),
+        ("patch x5", ["stage 0", "the rate is missing", "patch:0.75"]),
+        ("patch:0.75 x5 b64 cosin", ["stage 0", "'cosin' (character 19)", "did you mean 'cosine'"]),
+        ("dense x5, dense x5 constt", ["stage 1", "(character 20)", "'const'"]),
+        ("dense x5 l2e-4", ["'l2e-4'", "'lr2e-4'"]),
+        ("dense x5 batch64", ["'batch64'", "'b64'"]),
+        ("dense x5 warmup500", ["'w500'"]),
+        ("dense x5 frsh", ["'fresh'"]),
+        ("dense 500steps", ["'x5000'"]),
+        ("dense x5 bx", ["'bx'", "no such word", "a stage is first KIND:RATE"]),
+        ("dense x5 b", ["'b'", "not of the form 'b64'"]),
+        ("dense x5.5", ["'x5.5'", "not of the form 'x5000'"]),
+        ("dense x5 b-4", ["'b-4'", "not of the form 'b64'"]),
+        ("dense x5 lr", ["not of the form 'lr2e-4'"]),
+        ("dense x0", ["'x0' (character 7)", "more than 0"]),
+        ("dense x5 b0", ["more than 0"]),
+        ("dense x5 lr0", ["more than 0"]),
+        ("dense 0m", ["more than 0"]),
+        ("dense x5 lr1e999", ["too large"]),
+        ("dense x5 cool1.5", ["'cool1.5'", "up to 1"]),
+        ("dense x5 10m", ["'10m' (character 10)", "length again", "after 'x5'"]),
+        ("dense x5 b64 t99", ["batch again", "after 'b64'"]),
+        ("dense x5 lr1 lr2", ["learning rate again"]),
+        ("dense x5 const cosine", ["decay again", "after 'const'"]),
+        ("dense x5 fresh fresh", ["fresh again"]),
+        ("patch:0.75 x5 dense x5", ["'dense' (character 15)", "put a comma before it"]),
+        ("dense x5; dense x5", ["'x5;'"]),
+    ],
+)
+def test_errors_say_where_and_what(text, words):
+    with pytest.raises(UserError) as error:
+        parse_stages(text)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_batch_of_a_token_budget():
+    assert batch_of(Stage(batch=48), 17) == 48
+    budget = Stage(batch=None, tokens=1000)
+    assert batch_of(budget, 65) == 15
+    assert batch_of(budget, 1000) == 1
+    with pytest.raises(UserError, match="1000 tokens .* give t1001 or more"):
+        batch_of(budget, 1000.5)
+
+
+def test_learning_rate():
+    constant = Stage(lr=2.0)
+    assert [learning_rate(constant, i, 4) for i in range(4)] == [2.0] * 4
+    warm = Stage(lr=2.0, warmup=4)
+    assert [learning_rate(warm, i, 10) for i in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    cosine = [learning_rate(Stage(lr=2.0, warmup=10, decay="cosine"), i, 110) for i in range(110)]
+    assert cosine[10] == 2.0 and cosine[60] == pytest.approx(1.0) and 0 < cosine[109] < 0.001
+    assert all(a > b for a, b in zip(cosine[10:], cosine[11:], strict=False))
+    assert cosine[35] == pytest.approx(2 * math.cos(math.pi / 8) ** 2)
+    cool = [learning_rate(Stage(lr=2.0, cool=0.3), i, 100) for i in range(100)]
+    assert cool[:71] == [2.0] * 71 and cool[85] == pytest.approx(1.0) and cool[99] == pytest.approx(2 / 30)
+    assert learning_rate(Stage(lr=2.0, warmup=50, decay="cosine"), 5, 10) == pytest.approx(
+        0.24
+    )  # warm-up beyond the end
