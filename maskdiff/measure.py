@@ -34,11 +34,15 @@ def interleaved(
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """Wall-clock time of one call, the device's work included."""
-    synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     call()
+    return now(device) - start
+
+
+def now(device: torch.device) -> float:
+    """The clock in seconds, once the device has done all that was asked of it."""
     synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 def synchronize(device: torch.device) -> None:
@@ -61,7 +65,10 @@ def matrix_product(dtype: torch.dtype, device: torch.device, tokens: int, width:
 
 def memory_copy(device: torch.device, size: int = 1 << 28) -> tuple[Callable, float]:
     """A copy far larger than any cache, and the bytes that it moves (read and written): the copy rate's yardstick."""
-    source, target = torch.ones(size, dtype=torch.uint8, device=device), torch.ones(size, dtype=torch.uint8, device=device)
+    source, target = (
+        torch.ones(size, dtype=torch.uint8, device=device),
+        torch.ones(size, dtype=torch.uint8, device=device),
+    )
     return lambda: target.copy_(source), 2.0 * size
 
 

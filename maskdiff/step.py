@@ -1,5 +1,6 @@
 """One training step: draw, gather and noise the visible patches, predict, score, update. Nothing here waits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,13 @@ from maskdiff_kernels import Batch, Mask, Store, denoising_loss, draw_batch, noi
 
 from .model import UViT
 from .optim import FlatState, Hyper, adamw_ema
+
+
+Mark = Callable[[str], None]  # told the name of each part of a step when the part ends: how a step is timed by part
+
+
+def unmarked(part: str) -> None:
+    """Keeps no account of a step's parts."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +65,25 @@ def draw(source: Source, objective: Objective, mask: Mask, seed: Tensor, n: Tens
 
 
 def batch_loss(
-    model: UViT, source: Source, objective: Objective, mask: Mask, batch: Batch, seed: Tensor, dtype: torch.dtype
+    model: UViT,
+    source: Source,
+    objective: Objective,
+    mask: Mask,
+    batch: Batch,
+    seed: Tensor,  # [1] int64
+    dtype: torch.dtype,
+    mark: Mark = unmarked,
 ) -> tuple[Tensor, Tensor]:
     """Returns (mean [], per sample [B]), the masked denoising loss of a drawn batch, differentiable in the weights."""
     backend = objective.backend
     noisy = noisy_patches(source.store, batch, objective.alpha_sigma, seed, dtype=dtype, backend=backend)  # [B, K, E]
+    mark("gather and noise")
     label = None
     if source.labels is not None:
         label = source.labels.index_select(0, batch.image_ids).masked_fill(batch.drop_label[:, None], -1)  # [B, A]
     prediction = model(noisy, batch.timestep, label, None if mask.kind == "dense" else batch.keep_ids)
-    return denoising_loss(
+    mark("forward")
+    result = denoising_loss(
         prediction,
         source.store,
         batch,
@@ -76,16 +93,28 @@ def batch_loss(
         weight=objective.weight,
         backend=backend,
     )
+    mark("loss")
+    return result
 
 
 def train_step(
-    state: FlatState, source: Source, objective: Objective, mask: Mask, seed: Tensor, batch: int, hyper: Hyper
+    state: FlatState,
+    source: Source,
+    objective: Objective,
+    mask: Mask,
+    seed: Tensor,  # [1] int64
+    batch: int,
+    hyper: Hyper,
+    mark: Mark = unmarked,
 ) -> StepResult:
     """Trains on the next `batch` samples of the stream. The state alone changes."""
     n = torch.arange(state.sample, state.sample + batch, device=seed.device)  # [B]
     drawn = draw(source, objective, mask, seed, n)
-    loss, _ = batch_loss(state.model, source, objective, mask, drawn, seed, state.dtype)
+    mark("draw")
+    loss, _ = batch_loss(state.model, source, objective, mask, drawn, seed, state.dtype, mark)
     loss.backward()
+    mark("backward")
     norm, skipped = adamw_ema(state, state.gradients(), hyper)
+    mark("optimizer")
     state.sample += batch
     return StepResult(loss.detach(), norm, skipped)

@@ -17,7 +17,7 @@ from torch import Tensor
 import maskdiff_kernels
 from maskdiff_kernels import Mask
 
-from . import checkpoint, data, flops, masking, precision, sampling
+from . import checkpoint, data, flops, masking, measure, precision, sampling
 from .config import Config, config_to_dict
 from .diffusion import Diffusion
 from .errors import UserError
@@ -76,7 +76,9 @@ class _Training:
     def __init__(self, config: Config, resume: bool) -> None:
         self.path = Path(config.out)
         if not resume and self.path.exists() and any(self.path.iterdir()):
-            raise UserError(f"{self.path} exists; go on with it by --resume {self.path}, or name another folder by --out")
+            raise UserError(
+                f"{self.path} exists; go on with it by --resume {self.path}, or name another folder by --out"
+            )
         self.device = precision.resolve_device(config.device)
         self.dtype = precision.resolve_precision(config.precision, self.device)
         if self.device.type == "cpu":
@@ -181,10 +183,12 @@ class _Training:
                 for name, probed in (("step", mask), ("dense", dense)):
                     if name == "dense" and mask.kind == "dense":
                         continue
-                    start = self._now()
-                    train_step(self.state, self.source, self.objective, probed, self.seed, batch, Hyper(0.0, stage.clip))
+                    start = measure.now(self.device)
+                    train_step(
+                        self.state, self.source, self.objective, probed, self.seed, batch, Hyper(0.0, stage.clip)
+                    )
                     if turn:  # the first pair warms caches and allocator
-                        times[name].append(1e3 * (self._now() - start))
+                        times[name].append(1e3 * (measure.now(self.device) - start))
         step_ms = statistics.median(times["step"])
         dense_ms = statistics.median(times["dense"] or times["step"])
         steps = stage.steps if stage.steps is not None else max(1, math.ceil(stage.minutes * 60e3 / step_ms))
@@ -201,11 +205,6 @@ class _Training:
         self.plans[index] = plan
         _write_json(self.path / "plans.json", {key: dataclasses.asdict(value) for key, value in self.plans.items()})
         return plan
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     # ---- the loop
 
@@ -261,7 +260,9 @@ class _Training:
             heldout = {"heldout_loss": self.heldout_loss()} if due[0] else {}
             for i, (row, rate) in enumerate(zip(rows, lrs, strict=True)):
                 last = i == len(rows) - 1
-                self._log(metrics, plan, row, rate, step_s, self.state.step - len(rows) + i + 1, heldout if last else {})
+                self._log(
+                    metrics, plan, row, rate, step_s, self.state.step - len(rows) + i + 1, heldout if last else {}
+                )
             progress.update(len(rows), rows[-1][0], plan.batch / step_s, plan.speed())
             lrs = []
             if due[1]:
@@ -310,7 +311,8 @@ class _Training:
             kept = checkpoint.listing(self.path)
             raise UserError(
                 f"step {step}: {MAX_SKIPS} steps in a row had gradients that are not finite; lower lr, set a clip (c1.0) "
-                f"or a longer warm-up; " + (f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet")
+                f"or a longer warm-up; "
+                + (f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet")
             )
 
     # ---- looking at the model
