@@ -1,0 +1,66 @@
+// The exported C functions: they call the op of the instruction set in use. Compiled once, for the oldest processor.
+#include "cpu/cpuid.h"
+#include "cpu/ops.h"
+
+MASKDIFF_DECLARE_OPS(baseline)
+#if defined(__x86_64__)
+MASKDIFF_DECLARE_OPS(avx2)
+MASKDIFF_DECLARE_OPS(avx512)
+MASKDIFF_DECLARE_OPS(avx512_bf16)
+#define DISPATCH(CALL)                          \
+  switch (level) {                              \
+    case maskdiff::AVX512_BF16:                 \
+      return maskdiff::avx512_bf16::CALL;       \
+    case maskdiff::AVX512:                      \
+      return maskdiff::avx512::CALL;            \
+    case maskdiff::AVX2:                        \
+      return maskdiff::avx2::CALL;              \
+    default:                                    \
+      return maskdiff::baseline::CALL;          \
+  }
+#else
+#define DISPATCH(CALL) return maskdiff::baseline::CALL;
+#endif
+
+#ifndef MASKDIFF_SOURCE_VERSION
+#error "build with -DMASKDIFF_SOURCE_VERSION: the hash that kernels/source_version.py prints"
+#endif
+
+static int level = maskdiff::best_level();
+
+extern "C" {
+
+const char* maskdiff_source_version(void) { return MASKDIFF_SOURCE_VERSION; }
+
+int maskdiff_abi(void) { return MASKDIFF_ABI; }
+
+int maskdiff_cpu_best_level(void) { return maskdiff::best_level(); }
+
+int maskdiff_cpu_level(void) { return level; }
+
+int maskdiff_cpu_set_level(int wanted) {
+  if (wanted < maskdiff::BASELINE || wanted > maskdiff::best_level()) return MASKDIFF_BAD_OPTION;
+  level = wanted;
+  return MASKDIFF_OK;
+}
+
+int maskdiff_cpu_draw_batch(const maskdiff_draw* draw, int threads) { DISPATCH(draw_batch(draw, threads)) }
+
+int maskdiff_cpu_noisy_patches(const maskdiff_samples* samples, void* out, int dtype, int threads) {
+  DISPATCH(noisy_patches(samples, out, dtype, threads))
+}
+
+int maskdiff_cpu_denoising_loss(const maskdiff_samples* samples, const void* prediction, int64_t sample_stride,
+                                int64_t patch_stride, int dtype, int target, const float* weight, float* mean,
+                                float* per_sample, void* error, int threads) {
+  DISPATCH(denoising_loss(samples, prediction, sample_stride, patch_stride, dtype, target, weight, mean, per_sample,
+                          error, threads))
+}
+
+int maskdiff_cpu_denoising_loss_backward(const void* error, const int32_t* cu_patches, const float* factor,
+                                         int64_t batch, int64_t total, int64_t elements, int dtype, void* gradient,
+                                         int threads) {
+  DISPATCH(denoising_loss_backward(error, cu_patches, factor, batch, total, elements, dtype, gradient, threads))
+}
+
+}  // extern "C"

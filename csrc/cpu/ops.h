@@ -1,0 +1,21 @@
+// The ops of one instruction set, as the exported functions of maskdiff_kernels.h call them.
+#pragma once
+
+#include "maskdiff_kernels.h"
+
+#define MASKDIFF_DECLARE_OPS(NAME)                                                                                     \
+  namespace maskdiff {                                                                                                 \
+  namespace NAME {                                                                                                     \
+  int draw_batch(const maskdiff_draw* draw, int threads);                                                              \
+  int noisy_patches(const maskdiff_samples* samples, void* out, int dtype, int threads);                               \
+  int denoising_loss(const maskdiff_samples* samples, const void* prediction, int64_t sample_stride,                   \
+                     int64_t patch_stride, int dtype, int target, const float* weight, float* mean, float* per_sample, \
+                     void* error, int threads);                                                                        \
+  int denoising_loss_backward(const void* error, const int32_t* cu_patches, const float* factor, int64_t batch,        \
+                              int64_t total, int64_t elements, int dtype, void* gradient, int threads);                \
+  }                                                                                                                    \
+  }
+
+#ifdef ISA
+MASKDIFF_DECLARE_OPS(ISA)
+#endif

@@ -1,0 +1,121 @@
+// The plain C interface of the compiled kernels: every exported function, with shapes, dtypes, units and error codes.
+//
+// All tensors are dense unless a stride is given. "[B]" and the like are shapes: B samples, K visible patches of each
+// (or M in all, where lengths are ragged), n patches of an image, E = P*P*C elements of a patch in the order (row, column,
+// channel), T timesteps. Nothing is allocated for the caller; nothing aborts: every function returns an error code.
+// Randomness is counted: common/philox.h. Change MASKDIFF_ABI, and kernels/library.py, with anything in this file.
+#ifndef MASKDIFF_KERNELS_H
+#define MASKDIFF_KERNELS_H
+
+#include <stdint.h>
+
+#define MASKDIFF_ABI 1
+
+#if defined(__GNUC__)
+#define MASKDIFF_API __attribute__((visibility("default")))
+#else
+#define MASKDIFF_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum maskdiff_error {
+  MASKDIFF_OK = 0,
+  MASKDIFF_BAD_RANGE = 1,   // a number in a tensor (image, patch, slot, timestep, cu_patches) is out of range
+  MASKDIFF_NO_MEMORY = 2,   // no scratch memory
+  MASKDIFF_BAD_OPTION = 3,  // an enum below has no such value
+};
+
+enum maskdiff_dtype { MASKDIFF_FLOAT32 = 0, MASKDIFF_BFLOAT16 = 1, MASKDIFF_FLOAT16 = 2 };
+enum maskdiff_target { MASKDIFF_EPS = 0, MASKDIFF_X0 = 1, MASKDIFF_V = 2 };
+enum maskdiff_mask { MASKDIFF_DENSE = 0, MASKDIFF_PATCH = 1, MASKDIFF_BLOCK = 2, MASKDIFF_CROP = 3 };
+
+// What draw_batch reads and writes. Lengths are ragged where group > 1: each `group` consecutive samples share `counts` out.
+typedef struct {
+  const int64_t* seed;      // [1]
+  const int64_t* n;         // [B] sample numbers, at least 0
+  const int64_t* ids;       // [images] image ids to choose from, or NULL: 0 .. images - 1
+  const int64_t* counts;    // [group] visible patches
+  int64_t batch;            // B
+  int64_t images;           // at most 2^60
+  int64_t grid_down;        // patches
+  int64_t grid_across;      // patches
+  int64_t kind;             // maskdiff_mask
+  int64_t size;             // block: its side in patches
+  int64_t group;            // G, divides B; 1: equal lengths
+  int64_t timesteps;        // T, at most 2^31
+  int64_t flip;             // floor(probability * 2^32)
+  int64_t label_dropout;    // floor(probability * 2^32)
+  int64_t* image_ids;       // out [B]
+  int32_t* keep_ids;        // out [B, K] or [M] ascending
+  int32_t* cu_patches;      // out [B + 1], written where group > 1
+  uint8_t* mirrored;        // out [B] 0 or 1
+  int64_t* timestep;        // out [B]
+  uint8_t* drop_label;      // out [B] 0 or 1
+} maskdiff_draw;
+
+// The visible part of a batch of packed images.
+typedef struct {
+  const uint8_t* patches;      // [images, rows, E]
+  const int32_t* slots;        // [M] row of a visible patch in its image, or NULL: its place in the picture before flipping
+  const int64_t* n;            // [B]
+  const int64_t* image_ids;    // [B] in [0, images)
+  const int32_t* keep_ids;     // [B, K] or [M] in [0, grid_down * grid_across)
+  const int32_t* cu_patches;   // [B + 1] from 0 to M, or NULL: equal lengths
+  const uint8_t* flip;         // [B] 0 or 1
+  const int64_t* timestep;     // [B] in [0, T)
+  const float* alpha_sigma;    // [T, 2], or NULL: no noise
+  const int64_t* seed;         // [1]
+  int64_t images;
+  int64_t rows;                // patches stored of an image
+  int64_t stride;              // bytes from one image to the next
+  int64_t grid_down;           // patches
+  int64_t grid_across;         // patches
+  int64_t patch;               // P, pixels
+  int64_t channels;            // C; E = P*P*C is at most 65535
+  int64_t batch;               // B
+  int64_t visible;             // K; ignored where cu_patches is given
+  int64_t total;               // M
+  int64_t timesteps;           // T
+} maskdiff_samples;
+
+// ---- the CPU library. `threads` is the number of OpenMP threads to use; results do not depend on it ----
+
+MASKDIFF_API const char* maskdiff_source_version(void);  // of the sources this library was built from
+MASKDIFF_API int maskdiff_abi(void);                      // MASKDIFF_ABI
+
+// Instruction sets: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16. Every set gives the same bits.
+MASKDIFF_API int maskdiff_cpu_best_level(void);  // the highest that this processor and this library have
+MASKDIFF_API int maskdiff_cpu_level(void);       // the one in use; the best until set
+MASKDIFF_API int maskdiff_cpu_set_level(int level);  // BAD_OPTION above the best. Not while another call runs
+
+// What samples n use. Errors: NO_MEMORY, BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_draw_batch(const maskdiff_draw* draw, int threads);
+
+// out [B, K, E] or [M, E] of `dtype`: x_t = alpha_t x_0 + sigma_t eps, or x_0 without alpha_sigma.
+// Errors: BAD_RANGE (nothing is written then), BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_noisy_patches(const maskdiff_samples* samples, void* out, int dtype, int threads);
+
+// The loss of a prediction [B, K, E] (or [M, E]) of `dtype`, and its gradient but for incoming factors.
+//   sample_stride, patch_stride: elements between samples (equal lengths alone) and between patches of the prediction
+//   weight: [T] or NULL (1)
+//   mean [1], per_sample [B]: weight_t times the mean over the sample's elements of (prediction - target)^2, and its mean
+//   error [B, K, E] or [M, E] of `dtype`, or NULL: 2 weight_t (prediction - target)
+// Errors: BAD_RANGE (nothing is written then), NO_MEMORY, BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_denoising_loss(const maskdiff_samples* samples, const void* prediction,
+                                             int64_t sample_stride, int64_t patch_stride, int dtype, int target,
+                                             const float* weight, float* mean, float* per_sample, void* error,
+                                             int threads);
+
+// gradient = factor_b * error, sample by sample. error, gradient: [M, E] of `dtype` (dense, M = B * K where cu_patches
+// [B + 1] is NULL); factor [B]. Errors: BAD_RANGE (cu_patches; nothing is written then), BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_denoising_loss_backward(const void* error, const int32_t* cu_patches, const float* factor,
+                                                      int64_t batch, int64_t total, int64_t elements, int dtype,
+                                                      void* gradient, int threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
