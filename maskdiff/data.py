@@ -1,0 +1,171 @@
+"""Packed sets as the trainer reads them, and how any kind of data becomes one: `prepare`."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskdiff.digits import DigitsSource
+from maskdiff.errors import UserError
+from maskdiff.faces import STYLES, FaceSource
+from maskdiff.files import FileSource
+from maskdiff.manifest import IMAGES, LABELS, SPLIT, Manifest, is_packed
+from maskdiff.pack import Source, check_geometry, locked, pack
+from maskdiff_kernels import Store
+
+KINDS = "a folder or zip of images, a packed set, faces:N, faces-b:N or digits"
+
+
+@dataclass(frozen=True)
+class PackedSet:
+    """A packed set, opened. The pixels are memory-mapped and must not be written to."""
+
+    path: Path
+    store: Store  # patches [N, n, P*P*C] uint8, memory-mapped; the ops take it as it is
+    labels: Tensor  # [N, A] int32, -1 where missing; A = 0: unlabelled
+    train_ids: Tensor  # [.] int64, ascending
+    heldout_ids: Tensor  # [.] int64, ascending
+    label_names: list[str]  # A
+    class_names: list[list[str]]  # A lists
+    image_size: int
+    channels: int
+    patch: int
+    hash: str  # identity of the data, wherever it lies
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, ids: Tensor | Sequence[int]) -> Tensor:  # [B, H, W, C] uint8
+        """Copies of whole pictures in raster order, for all that is not training."""
+        index = torch.as_tensor(ids, dtype=torch.int64)
+        down, across = self.store.grid
+        patches = self.store.patches[index].view(len(index), down, across, self.patch, self.patch, self.channels)
+        return patches.transpose(2, 3).reshape(len(index), self.image_size, self.image_size, self.channels)
+
+
+def open_packed(path: str | Path, patch: int | None = None) -> PackedSet:
+    """Opens a packed set, and checks everything but the pixels: manifest, sizes, labels, split.
+
+    Raises UserError that names what does not fit, and where `patch` is not the set's own patch size.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"no packed set at {str(path)!r}: not a folder")
+    manifest = Manifest.read(folder)
+    if patch is not None and patch != manifest.patch:
+        raise UserError(
+            f"{str(path)!r} is packed with patch {manifest.patch}, the model wants {patch}; pack the images again"
+        )
+    for name, file in manifest.files.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != file["bytes"]:
+            found = "is missing" if size is None else f"has {size:,} bytes instead of {file['bytes']:,}"
+            raise UserError(f"{str(folder / name)!r} {found}: the packed set is damaged; pack the images again")
+    attributes = len(manifest.class_names)
+    labels = _array(folder / LABELS, manifest, np.int32, (manifest.count, attributes))
+    split = _array(folder / SPLIT, manifest, np.uint8, (manifest.count,))
+    classes = np.array([len(names) for names in manifest.class_names], np.int32)
+    if (labels < -1).any() or (labels >= classes).any():
+        raise UserError(f"{str(folder / LABELS)!r} names classes that the manifest lacks; pack the images again")
+    if split.max() > 1 or int(split.sum()) != manifest.heldout:
+        raise UserError(f"{str(folder / SPLIT)!r} does not fit the manifest; pack the images again")
+    return PackedSet(
+        path=folder,
+        store=_store(folder / IMAGES, manifest),
+        labels=torch.from_numpy(labels),
+        train_ids=torch.from_numpy(np.flatnonzero(split == 0)),
+        heldout_ids=torch.from_numpy(np.flatnonzero(split == 1)),
+        label_names=manifest.label_names,
+        class_names=manifest.class_names,
+        image_size=manifest.image_size,
+        channels=manifest.channels,
+        patch=manifest.patch,
+        hash=manifest.hash,
+    )
+
+
+def prepare(
+    spec: str | Path,
+    image_size: int,
+    patch: int,
+    background: str = "white",  # colour behind transparent pictures: a name or #rrggbb
+    cache: str | Path | None = None,  # None: $MASKDIFF_CACHE, else ~/.cache/maskdiff
+    workers: int | None = None,  # processes that decode; None: one per processor
+    heldout: float = 0.02,  # share of the images held out of training
+) -> PackedSet:
+    """Opens data of any kind: "faces:N", "faces-b:N", "digits", a folder or zip of images, or a packed set.
+
+    All but a packed set is packed into the cache the first time, under a key of its content and of how it is packed.
+    Raises UserError where there is no usable image, and for sizes that do not fit.
+    """
+    check_geometry(image_size, patch)
+    path = Path(spec)
+    if path.is_dir() and is_packed(path):
+        packed = open_packed(path, patch)
+        if packed.image_size != image_size:
+            raise UserError(f"{str(spec)!r} holds images of {packed.image_size} px, the model wants {image_size}")
+        return packed
+    source = _source(str(spec), background)
+    recipe = [source.recipe(), image_size, patch, heldout]
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip(".")[:40]
+    root = Path(cache or os.environ.get("MASKDIFF_CACHE") or Path.home() / ".cache" / "maskdiff")
+    target = root / f"{name}-{image_size}px-p{patch}-{key}"
+    if target.is_dir():
+        try:
+            return open_packed(target, patch)
+        except UserError as error:
+            print(f"warning: the cached set is packed anew: {error}", file=sys.stderr)
+    with locked(target):
+        try:
+            return open_packed(target, patch)  # another process may have been faster
+        except UserError:
+            shutil.rmtree(target, ignore_errors=True)
+        pack(source, target, image_size, patch, heldout, workers)
+    return open_packed(target, patch)
+
+
+def _source(spec: str, background: str) -> Source:
+    kind, colon, number = spec.partition(":")
+    if kind in STYLES and (colon or not Path(spec).exists()):
+        if not number.isascii() or not number.isdigit() or not 0 < int(number[:12]) < 2**31:
+            raise UserError(f"{spec!r}: {kind} needs a number of images, such as {kind}:20000")
+        return FaceSource(kind, int(number))
+    if spec == "digits":
+        return DigitsSource()
+    path = Path(spec)
+    if path.exists():
+        return FileSource(path, background)
+    raise UserError(f"no data at {spec!r}: no such file or folder; give {KINDS}")
+
+
+def _array(path: Path, manifest: Manifest, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != manifest.files[path.name]["sha256"]:
+        raise UserError(f"{str(path)!r} was altered: its checksum does not fit; pack the images again")
+    array = np.load(path, allow_pickle=False)
+    if array.dtype != dtype or array.shape != shape:
+        raise UserError(
+            f"{str(path)!r} is {array.dtype} {array.shape}, must be {np.dtype(dtype)} {shape}; pack the images again"
+        )
+    return array
+
+
+def _store(path: Path, manifest: Manifest) -> Store:
+    side, size = manifest.image_size // manifest.patch, manifest.patch**2 * manifest.channels
+    bytes_ = np.memmap(path, np.uint8, "r")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
+        flat = torch.from_numpy(bytes_)
+    patches = flat.as_strided((manifest.count, side * side, size), (manifest.stride, size, 1))
+    return Store(patches, (side, side), manifest.patch)
