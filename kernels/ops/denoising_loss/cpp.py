@@ -1,11 +1,58 @@
-"""denoising_loss by the compiled CPU library: hands pointers over."""
+"""denoising_loss by the compiled CPU library."""
 
-from maskdiff_kernels import library
+import ctypes
+
+import torch
+from torch import Tensor
+
+from maskdiff_kernels.ops.samples import Samples, check_cu_patches
+from maskdiff_kernels.ops.structs import DTYPES, TARGETS, call, pointer, samples_struct
 
 
-def run(*arguments):
-    library.cpu()
+def run(
+    prediction: Tensor,  # [B, K, P*P*C] or [M, P*P*C]
+    samples: Samples,
+    target: str,
+    weight: Tensor | None,  # [T] float32
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [], per-sample losses [B], and 2 weight_t (prediction - target), shaped and typed like the prediction."""
+    mean, per_sample = torch.empty(()), torch.empty(samples.n.shape[0])
+    error = torch.empty(prediction.shape if needs_grad else 0, dtype=prediction.dtype)
+    strides = prediction.stride()
+    code = call(
+        "maskdiff_cpu_denoising_loss",
+        ctypes.byref(samples_struct(samples)),
+        ctypes.c_void_p(prediction.data_ptr()),
+        ctypes.c_int64(strides[0]),
+        ctypes.c_int64(strides[-2]),
+        DTYPES[prediction.dtype],
+        TARGETS[target],
+        ctypes.c_void_p(pointer(weight)),
+        ctypes.c_void_p(mean.data_ptr()),
+        ctypes.c_void_p(per_sample.data_ptr()),
+        ctypes.c_void_p(error.data_ptr() if needs_grad else None),
+    )
+    if code:
+        samples.check_ranges()  # says which number it is
+    return mean, per_sample, error
 
 
-def run_backward(*arguments):
-    library.cpu()
+def run_backward(error: Tensor, cu_patches: Tensor | None, factor: Tensor) -> Tensor:
+    """error times the factor [B] of its sample, rounded once."""
+    gradient = torch.empty_like(error)
+    total = error.numel() // error.shape[-1]
+    code = call(
+        "maskdiff_cpu_denoising_loss_backward",
+        ctypes.c_void_p(error.data_ptr()),
+        ctypes.c_void_p(pointer(cu_patches)),
+        ctypes.c_void_p(factor.data_ptr()),
+        ctypes.c_int64(factor.shape[0]),
+        ctypes.c_int64(total),
+        ctypes.c_int64(error.shape[-1]),
+        DTYPES[error.dtype],
+        ctypes.c_void_p(gradient.data_ptr()),
+    )
+    if code and cu_patches is not None:
+        check_cu_patches(cu_patches, total)
+    return gradient

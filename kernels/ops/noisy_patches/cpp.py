@@ -1,7 +1,18 @@
-"""noisy_patches by the compiled CPU library: hands pointers over."""
+"""noisy_patches by the compiled CPU library."""
 
-from maskdiff_kernels import library
+import ctypes
+
+import torch
+from torch import Tensor
+
+from maskdiff_kernels.ops.samples import Samples
+from maskdiff_kernels.ops.structs import DTYPES, call, samples_struct
 
 
-def run(*arguments):
-    library.cpu()
+def run(samples: Samples, dtype: torch.dtype) -> Tensor:
+    """x_t, [B, K, P*P*C] or [M, P*P*C]."""
+    out = torch.empty((*samples.keep_ids.shape, samples.size), dtype=dtype)
+    struct = samples_struct(samples)
+    if call("maskdiff_cpu_noisy_patches", ctypes.byref(struct), ctypes.c_void_p(out.data_ptr()), DTYPES[dtype]):
+        samples.check_ranges()  # says which number it is
+    return out

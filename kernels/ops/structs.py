@@ -1,0 +1,82 @@
+"""The structs and codes of csrc/maskdiff_kernels.h, and the calls' common ground: pointers, threads, errors."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from maskdiff_kernels import library
+from maskdiff_kernels.ops.samples import Samples
+
+OK, BAD_RANGE, NO_MEMORY, BAD_OPTION = range(4)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TARGETS = {"eps": 0, "x0": 1, "v": 2}
+MASKS = {"dense": 0, "patch": 1, "block": 2, "crop": 3}
+
+
+def _fields(pointers: str, numbers: str, outputs: str = "") -> list[tuple[str, type]]:
+    return [
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+        *((name, ctypes.c_int64) for name in numbers.split()),
+        *((name, ctypes.c_void_p) for name in outputs.split()),
+    ]
+
+
+class DrawStruct(ctypes.Structure):
+    """maskdiff_draw."""
+
+    _fields_ = _fields(
+        "seed n ids counts",
+        "batch images grid_down grid_across kind size group timesteps flip label_dropout",
+        "image_ids keep_ids cu_patches mirrored timestep drop_label",
+    )
+
+
+class SamplesStruct(ctypes.Structure):
+    """maskdiff_samples."""
+
+    _fields_ = _fields(
+        "patches slots n image_ids keep_ids cu_patches flip timestep alpha_sigma seed",
+        "images rows stride grid_down grid_across patch channels batch visible total timesteps",
+    )
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def samples_struct(samples: Samples) -> SamplesStruct:
+    """Samples as the C functions take them. It borrows the tensors: keep them alive."""
+    patches, keep_ids, ragged = samples.patches, samples.keep_ids, samples.cu_patches is not None
+    return SamplesStruct(
+        patches.data_ptr(),
+        pointer(samples.slots),
+        samples.n.data_ptr(),
+        samples.image_ids.data_ptr(),
+        keep_ids.data_ptr(),
+        pointer(samples.cu_patches),
+        samples.flip.data_ptr(),
+        samples.timestep.data_ptr(),
+        pointer(samples.alpha_sigma),
+        samples.seed.data_ptr(),
+        patches.shape[0],
+        patches.shape[1],
+        patches.stride(0),
+        *samples.grid,
+        samples.patch,
+        samples.size // samples.patch**2,
+        samples.n.shape[0],
+        0 if ragged else keep_ids.shape[1],
+        keep_ids.numel(),
+        0 if samples.alpha_sigma is None else samples.alpha_sigma.shape[0],
+    )
+
+
+def call(function: str, *arguments: object) -> int:
+    """Calls an exported function, on as many threads as PyTorch uses; returns its error code but for memory errors."""
+    code = getattr(library.cpu(), function)(*arguments, torch.get_num_threads())
+    if code == NO_MEMORY:
+        raise MemoryError(f"{function}: no scratch memory")
+    if code == BAD_OPTION:
+        raise ValueError(f"{function}: got an option that the compiled library does not know")
+    return code
