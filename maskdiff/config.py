@@ -50,7 +50,7 @@ class DataConfig:
     """share of samples that are mirrored left to right"""
     background: str = "white"
     """colour behind transparent images"""
-    heldout: float = 0.05
+    heldout: float = 0.02
     """share of the images that is held out of training"""
 
 
@@ -117,6 +117,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim.ema": 0.999, "stages.0.mask": "dense", ...}: a configuration with a dotted name for each key."""
+    if isinstance(values, dict):
+        items = list(values.items())
+    elif isinstance(values, list) and values and isinstance(values[0], dict):
+        items = [(str(number), item) for number, item in enumerate(values)]
+    else:
+        return {prefix[:-1]: values}
+    return {key: value for name, item in items for key, value in flatten(item, f"{prefix}{name}.").items()}
 
 
 def config_from_dict(values: Mapping[str, Any], base: Config | None = None, source: str = "configuration") -> Config:
@@ -298,7 +309,8 @@ def _check_stage(number: int, stage: Stage, config: Config) -> None:
     for one, other in (("steps", "minutes"), ("batch", "tokens")):
         given = [name for name in (one, other) if getattr(stage, name) is not None]
         if len(given) != 1:
-            raise UserError(f"{key} has {'both' if given else 'neither'} {one} and {other}; give one of the two")
+            has = f"both {one} and" if given else f"neither {one} nor"
+            raise UserError(f"{key} has {has} {other}; give one of the two")
         if not getattr(stage, given[0]) > 0:
             raise UserError(f"{key}.{given[0]} is {getattr(stage, given[0])}; give more than 0")
     for name, good, takes in (

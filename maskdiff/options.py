@@ -19,6 +19,7 @@ from .config import (
     config_from_dict,
     config_to_dict,
     describe,
+    flatten,
     free_run_path,
     load_config,
     nearest,
@@ -327,7 +328,7 @@ def _help_all(config: Config) -> str:
 
 def _check_same(saved: Config, asked: Config, run: str) -> None:
     """Raises UserError that names the keys in which a resumed run would differ from itself."""
-    old, new = _flat(config_to_dict(saved)), _flat(config_to_dict(asked))
+    old, new = flatten(config_to_dict(saved)), flatten(config_to_dict(asked))
     differ = [key for key in [*old, *(k for k in new if k not in old)] if old.get(key) != new.get(key)]
     differ = [key for key in differ if key not in FREE_ON_RESUME or key == "out"]
     if differ:
@@ -340,13 +341,3 @@ def _check_same(saved: Config, asked: Config, run: str) -> None:
 
 def _text(value: Any) -> str:
     return "none" if value is None else str(value)
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, dict):
-        items = list(values.items())
-    elif isinstance(values, list) and values and isinstance(values[0], dict):
-        items = [(str(number), item) for number, item in enumerate(values)]
-    else:
-        return {prefix[:-1]: values}
-    return {key: value for name, item in items for key, value in _flat(item, f"{prefix}{name}.").items()}
