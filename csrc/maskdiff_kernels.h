@@ -115,6 +115,19 @@ MASKDIFF_API int maskdiff_cpu_denoising_loss_backward(const void* error, const i
                                                       int64_t batch, int64_t total, int64_t elements, int dtype,
                                                       void* gradient, int threads);
 
+// ---- the CUDA library. Pointers are to memory that `device` can read; an entry queues its work on `stream`, waits for
+// nothing, and returns one of the codes above or one that maskdiff_cuda_error_text explains ----
+
+MASKDIFF_API const char* maskdiff_cuda_source_version(void);
+MASKDIFF_API int maskdiff_cuda_abi(void);
+MASKDIFF_API const char* maskdiff_cuda_archs(void);  // compute capabilities it was built for: "80,90,100,120"
+MASKDIFF_API const char* maskdiff_cuda_error_text(int code);
+
+// Counted random words, common/philox.h: words [B, blocks, 4] of samples n [B] for a purpose, and sums [B] of each sample's
+// words modulo 2^32. Errors: BAD_RANGE.
+MASKDIFF_API int maskdiff_cuda_count_words(const int64_t* seed, const int64_t* n, int64_t batch, int purpose,
+                                           int64_t blocks, uint32_t* words, uint32_t* sums, int device, void* stream);
+
 #ifdef __cplusplus
 }
 #endif
