@@ -83,7 +83,7 @@ class Config:
     sample_every: int = 500
     """steps between sample grids; 0: at the end only"""
     sample_count: int = 36
-    """images of a sample grid"""
+    """images of a sample grid; 0: no grids"""
     sample_steps: int = 25
     """sampler steps an image"""
     guidance: float = 1.0
@@ -281,7 +281,7 @@ def _check_ranges(config: Config) -> None:
         ("keep_checkpoints", config.keep_checkpoints, config.keep_checkpoints >= 1, "1 or more"),
         ("heldout_every", config.heldout_every, config.heldout_every >= 0, "0 or more"),
         ("sample_every", config.sample_every, config.sample_every >= 0, "0 or more"),
-        ("sample_count", config.sample_count, config.sample_count >= 1, "1 or more"),
+        ("sample_count", config.sample_count, config.sample_count >= 0, "0 or more"),
         (
             "sample_steps",
             config.sample_steps,
