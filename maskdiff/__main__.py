@@ -1,7 +1,6 @@
 """The console script: `maskdiff train ...` is `python -m maskdiff.train ...`."""
 
 import difflib
-import importlib.util
 import runpy
 import sys
 
@@ -20,7 +19,7 @@ def main() -> None:
         print("\n".join(f"  {name:8} {what}" for name, what in COMMANDS.items()))
         return
     name = sys.argv[1]
-    if name not in COMMANDS or importlib.util.find_spec(f"maskdiff.{name}") is None:
+    if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(COMMANDS)}"
         print(f"error: no command {name!r}: {hint}", file=sys.stderr)
