@@ -1,7 +1,7 @@
 """Decides which implementation of an op runs, and says why another cannot.
 
-The order of decision: the op's argument `backend`, the environment variable MASKDIFF_KERNELS, the table choices.json (by
-compute capability or CPU level, written by a benchmark on request), the first implementation that can run.
+The order of decision: the op's argument `backend`, the environment variable MASKDIFF_KERNELS, the table choices.json
+(by compute capability or CPU level, written by a benchmark on request), the first implementation that can run.
 A library that is missing or stale is an error and never a reason to fall back: a run must not turn slow in silence.
 """
 
@@ -94,11 +94,10 @@ def _table() -> dict[str, dict[str, str]]:
 
 def _table_choice(op: str, device: torch.device) -> str:
     table = _table()
+    keys = [device.type]
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        keys = (f"cuda:{major}.{minor}", "cuda")
+        keys.insert(0, f"cuda:{major}.{minor}")
     elif device.type == "cpu":
-        keys = (f"cpu:{library.cpu_level()}", "cpu")
-    else:
-        keys = (device.type,)
+        keys.insert(0, f"cpu:{library.cpu_level()}")
     return next((table[key][op] for key in keys if op in table.get(key, {})), "auto")

@@ -56,7 +56,7 @@ def elements(
     return words(seed, n[:, None], purpose, block).flatten(1)[:, :count]
 
 
-def high(word: Tensor, bound: int) -> Tensor:
+def high(word: Tensor, bound: int | Tensor) -> Tensor:
     """Maps words to 0 .. bound-1: the high word of word * bound. bound is at most 2^31."""
     return word * bound >> 32
 

@@ -49,7 +49,7 @@ int denoising_loss(const maskdiff_samples* s, const void* prediction, int64_t sa
   if (!sums) return MASKDIFF_NO_MEMORY;
   Mirror mirror;
   fill_mirror(&mirror, s);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+#pragma omp parallel for collapse(2) schedule(static) num_threads(useful_threads(s->total * elements, threads))
   for (int64_t b = 0; b < s->batch; b++) {
     for (int64_t task = 0; task < tasks; task++) {
       const int64_t t = s->timestep[b], begin = first_visible(s, b);
@@ -87,7 +87,7 @@ int denoising_loss_backward(const void* error, const int32_t* cu_patches, const 
                             int64_t total, int64_t elements, int dtype, void* gradient, int threads) {
   if (!is_dtype(dtype)) return MASKDIFF_BAD_OPTION;
   if (cu_patches && !offsets_fit(cu_patches, batch, total)) return MASKDIFF_BAD_RANGE;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(useful_threads(total * elements, threads))
   for (int64_t b = 0; b < batch; b++) {
     const int64_t begin = (cu_patches ? cu_patches[b] : total / batch * b) * elements;
     const int64_t end = (cu_patches ? cu_patches[b + 1] : total / batch * (b + 1)) * elements;

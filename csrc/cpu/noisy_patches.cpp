@@ -13,7 +13,7 @@ int noisy_patches(const maskdiff_samples* s, void* out, int dtype, int threads) 
   fill_mirror(&mirror, s);
   const int64_t elements = patch_elements(s), tasks = tasks_per_sample(s);
   const bool noisy = s->alpha_sigma != 0;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+#pragma omp parallel for collapse(2) schedule(static) num_threads(useful_threads(s->total * elements, threads))
   for (int64_t b = 0; b < s->batch; b++) {
     for (int64_t task = 0; task < tasks; task++) {
       const float alpha = noisy ? s->alpha_sigma[2 * s->timestep[b]] : 1.0f;

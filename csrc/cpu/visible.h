@@ -50,6 +50,12 @@ static inline int64_t tasks_per_sample(const maskdiff_samples* s) {
   return (most + patches - 1) / patches;
 }
 
+// Fewer threads where waking them costs more than they save.
+static inline int useful_threads(int64_t elements, int threads) {
+  const int64_t useful = elements / 8192 + 1;
+  return useful < threads ? (int)useful : threads;
+}
+
 static inline bool all_within(const int64_t* values, int64_t count, int64_t bound) {
   int bad = 0;
   for (int64_t i = 0; i < count; i++) bad |= values[i] < 0 || values[i] >= bound;

@@ -1,4 +1,4 @@
-"""Checks of arguments, shared by the registered ops. Every message names the argument, what it got and what it takes."""
+"""Checks of arguments, shared by the ops. Every message names the argument, what it got and what it takes."""
 
 from collections.abc import Sequence
 

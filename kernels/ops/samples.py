@@ -28,8 +28,8 @@ class Store:
     grid: tuple[int, int]  # patches down, across
     patch: int  # P, the side of a patch in pixels
     slots: Tensor | None = None
-    """[M] int32, staging buffers alone: the row of image image_ids[b] that holds visible patch j (M: all of them, in the
-    order of keep_ids). Else a patch is found by its place in the picture."""
+    """[M] int32, staging buffers alone: the row of image image_ids[b] that holds visible patch j (M: all of them, in
+    the order of keep_ids). Else a patch is found by its place in the picture."""
 
 
 class Samples(NamedTuple):

@@ -1,4 +1,4 @@
-"""denoising_loss: per-sample loss of a prediction and, in the same pass, its gradient. Contract, checks, registration."""
+"""denoising_loss: the loss of a prediction and, in the same pass, its gradient. Contract, checks, registration."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops import checks
 from maskdiff_kernels.ops.denoising_loss import cpp, reference
 from maskdiff_kernels.ops.draw_batch.op import Batch
+from maskdiff_kernels.ops.registration import registered
 from maskdiff_kernels.ops.samples import SCHEMA, Samples, Store, check_cu_patches, flatten
 
 TARGETS = ("eps", "x0", "v")
@@ -26,8 +27,8 @@ def denoising_loss(
 ) -> tuple[Tensor, Tensor]:  # [] float32, [B] float32
     """The masked denoising loss: weight_t times the mean squared error over a sample's visible elements.
 
-    The target is computed anew from (images, seed, n) and never stored. Differentiable in `prediction`, for any incoming
-    gradients of both outputs; the gradient is made in the same pass. A second derivative is an error.
+    The target is computed anew from (images, seed, n) and never stored. Differentiable in `prediction`, for any
+    incoming gradients of both outputs; the gradient is made in the same pass. A second derivative is an error.
 
     Args:
         prediction: [B, K, P*P*C], or [M, P*P*C] for ragged lengths; its last dimension must be dense.
@@ -73,18 +74,6 @@ class _DenoisingLoss(torch.autograd.Function):
         return _backward(error, cu, grad_mean, grad_per_sample, ctx.backend), None, None, None, None
 
 
-torch.library.define(
-    "maskdiff::denoising_loss",
-    f"(Tensor prediction, {SCHEMA}, str target, Tensor? weight, bool needs_grad, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "maskdiff::denoising_loss_backward",
-    "(Tensor error, Tensor? cu_patches, Tensor grad_mean, Tensor grad_per_sample, str backend) -> Tensor",
-)
-
-
-@torch.library.impl("maskdiff::denoising_loss", "CompositeExplicitAutograd")
 def _run(prediction, *arguments):
     *flat, target, weight, needs_grad, backend = arguments
     samples = Samples(*flat)
@@ -100,11 +89,9 @@ def _run(prediction, *arguments):
         checks.tensor("weight", weight, "float32 [T]", torch.float32, samples.alpha_sigma.shape[:1], device)
     if target not in TARGETS:
         raise ValueError(f"target: got {target!r}, takes eps, x0 or v")
-    with torch.no_grad():
-        return dispatch.choose("denoising_loss", device, backend).run(prediction, samples, target, weight, needs_grad)
+    return dispatch.choose("denoising_loss", device, backend).run(prediction, samples, target, weight, needs_grad)
 
 
-@torch.library.register_fake("maskdiff::denoising_loss")
 def _fake(prediction, *arguments):
     *flat, target, weight, needs_grad, backend = arguments
     samples = Samples(*flat)
@@ -112,7 +99,6 @@ def _fake(prediction, *arguments):
     return mean, per_sample, prediction.new_empty(prediction.shape if needs_grad else 0)
 
 
-@torch.library.impl("maskdiff::denoising_loss_backward", "CompositeExplicitAutograd")
 def _run_backward(error, cu_patches, grad_mean, grad_per_sample, backend):
     checks.tensor("error", error, "a float [B, K, P*P*C] or [M, P*P*C]", checks.FLOATS, [None] * error.dim())
     batch = error.shape[0] if cu_patches is None else cu_patches.shape[0] - 1
@@ -123,18 +109,29 @@ def _run_backward(error, cu_patches, grad_mean, grad_per_sample, backend):
     checks.tensor("grad_mean", grad_mean, "float32 []", torch.float32, (), error.device)
     takes = "float32 [B]"
     checks.tensor("grad_per_sample", grad_per_sample, takes, torch.float32, (batch,), error.device, contiguous=False)
-    with torch.no_grad():
-        counts = error.shape[1] if cu_patches is None else cu_patches.diff().clamp(min=1)
-        factor = (grad_mean / batch + grad_per_sample) * (1 / (counts * error.shape[-1]))  # [B]
-        implementation = dispatch.choose("denoising_loss", error.device, backend)
-        return implementation.run_backward(error, cu_patches, factor.contiguous())
+    counts = error.shape[1] if cu_patches is None else cu_patches.diff().long()
+    factor = (grad_mean / batch + grad_per_sample) / (
+        counts * error.shape[-1]
+    )  # [B]; of a sample without patches: unused
+    implementation = dispatch.choose("denoising_loss", error.device, backend)
+    return implementation.run_backward(error, cu_patches, factor)
 
 
-@torch.library.register_fake("maskdiff::denoising_loss_backward")
 def _fake_backward(error, cu_patches, grad_mean, grad_per_sample, backend):
     return torch.empty_like(error)
 
 
-_denoising_loss = torch.ops.maskdiff.denoising_loss.default
-_backward = torch.ops.maskdiff.denoising_loss_backward.default
+_denoising_loss = registered(
+    "denoising_loss",
+    f"(Tensor prediction, {SCHEMA}, str target, Tensor? weight, bool needs_grad, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
+_backward = registered(
+    "denoising_loss_backward",
+    "(Tensor error, Tensor? cu_patches, Tensor grad_mean, Tensor grad_per_sample, str backend) -> Tensor",
+    _run_backward,
+    _fake_backward,
+)
 dispatch.register("denoising_loss", cpp=cpp, reference=reference)

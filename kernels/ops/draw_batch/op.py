@@ -1,4 +1,4 @@
-"""draw_batch: which images, patches, flips, timesteps and labels a batch of samples uses. Contract, checks, registration."""
+"""draw_batch: which images, patches, flips, timesteps and labels the samples use. Contract, checks, registration."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor
 from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops import checks
 from maskdiff_kernels.ops.draw_batch import cpp, reference
+from maskdiff_kernels.ops.registration import registered
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Mask:
     kind: str  # "dense" | "patch" | "block" | "crop"
     size: int = 0  # block: side of a block; else 0
     counts: tuple[int, ...] = ()
-    """Visible patches. (K,): every sample has K. G of them: ragged, the G consecutive samples of a group share them out.
-    dense: (n,), or () for short. block: multiples of size * size. crop: squares of a side that fits the grid."""
+    """Visible patches. (K,): every sample has K. G of them: ragged, the G consecutive samples of a group share them
+    out. dense: (n,), or () for short. block: multiples of size * size. crop: squares of a side that fits the grid."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def draw_batch(
         n: [B] int64, sample numbers of the run, at least 0.
         images: number of images N, or an int64 tensor [N] of the image ids to choose from.
         grid: patches down and across a picture.
-        mask: what is visible. With G > 1 counts the result is ragged: B must be a multiple of G, each G samples must have
-            consecutive numbers, and they share the counts out in an order drawn for the first of them.
+        mask: what is visible. With G > 1 counts the result is ragged: B must be a multiple of G, each G samples must
+            have consecutive numbers, and they share the counts out in an order drawn for the first of them.
         timesteps: T, the number of diffusion timesteps, at most 2^31.
         flip: probability in [0, 1] that a picture is mirrored.
         label_dropout: probability in [0, 1] that a label is dropped.
@@ -81,14 +82,6 @@ def draw_batch(
     return Batch(n, image_ids, keep_ids, ragged, mirrored, timestep, drop_label)
 
 
-torch.library.define(
-    "maskdiff::draw_batch",
-    "(Tensor seed, Tensor n, Tensor? ids, SymInt images, int[] grid, str kind, int size, int[] counts, int timesteps,"
-    " float flip, float label_dropout, SymInt? first, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("maskdiff::draw_batch", "CompositeExplicitAutograd")
 def _run(seed, n, ids, images, grid, kind, size, counts, timesteps, flip, label_dropout, first, backend):
     counts = counts or [math.prod(grid)]
     _check(seed, n, ids, images, grid, kind, size, counts, timesteps, flip, label_dropout)
@@ -98,11 +91,9 @@ def _run(seed, n, ids, images, grid, kind, size, counts, timesteps, flip, label_
         seed, n, ids, images, tuple(grid), kind, size, tuple(counts), timesteps, int(flip * 2**32),
         int(label_dropout * 2**32),
     )  # fmt: skip
-    with torch.no_grad():
-        return dispatch.choose("draw_batch", n.device, backend).run(draw)
+    return dispatch.choose("draw_batch", n.device, backend).run(draw)
 
 
-@torch.library.register_fake("maskdiff::draw_batch")
 def _fake(seed, n, ids, images, grid, kind, size, counts, timesteps, flip, label_dropout, first, backend):
     counts = counts or [math.prod(grid)]
     batch, ragged = n.shape[0], len(counts) > 1
@@ -116,7 +107,13 @@ def _fake(seed, n, ids, images, grid, kind, size, counts, timesteps, flip, label
     )
 
 
-_draw_batch = torch.ops.maskdiff.draw_batch.default
+_draw_batch = registered(
+    "draw_batch",
+    "(Tensor seed, Tensor n, Tensor? ids, SymInt images, int[] grid, str kind, int size, int[] counts, int timesteps,"
+    " float flip, float label_dropout, SymInt? first, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
 dispatch.register("draw_batch", cpp=cpp, reference=reference)
 
 

@@ -7,6 +7,7 @@ from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops import checks
 from maskdiff_kernels.ops.draw_batch.op import Batch
 from maskdiff_kernels.ops.noisy_patches import cpp, reference
+from maskdiff_kernels.ops.registration import registered
 from maskdiff_kernels.ops.samples import SCHEMA, Samples, Store, flatten
 
 
@@ -43,26 +44,20 @@ def noisy_patches(
     return _noisy_patches(*flatten(store, batch, alpha_sigma, seed), dtype, backend)
 
 
-torch.library.define("maskdiff::noisy_patches", f"({SCHEMA}, ScalarType dtype, str backend) -> Tensor")
-
-
-@torch.library.impl("maskdiff::noisy_patches", "CompositeExplicitAutograd")
 def _run(*arguments):
     *flat, dtype, backend = arguments
     samples = Samples(*flat)
     samples.check()
     if dtype not in checks.FLOATS:
         raise TypeError(f"dtype: got {dtype}, takes float32, bfloat16 or float16")
-    with torch.no_grad():
-        return dispatch.choose("noisy_patches", samples.keep_ids.device, backend).run(samples, dtype)
+    return dispatch.choose("noisy_patches", samples.keep_ids.device, backend).run(samples, dtype)
 
 
-@torch.library.register_fake("maskdiff::noisy_patches")
 def _fake(*arguments):
     *flat, dtype, backend = arguments
     samples = Samples(*flat)
     return samples.keep_ids.new_empty((*samples.keep_ids.shape, samples.size), dtype=dtype)
 
 
-_noisy_patches = torch.ops.maskdiff.noisy_patches.default
+_noisy_patches = registered("noisy_patches", f"({SCHEMA}, ScalarType dtype, str backend) -> Tensor", _run, _fake)
 dispatch.register("noisy_patches", cpp=cpp, reference=reference)

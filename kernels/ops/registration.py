@@ -1,0 +1,26 @@
+"""Registers an op with PyTorch: one implementation for all devices, a fake kernel for compilers, no autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def registered(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes torch.ops.maskdiff.<name> of `run` (called without gradients) and returns its bound overload.
+
+    `run` holds every check: autocast and torch.compile reach it without passing through the public function. The op
+    falls through the Autograd key, so that a call which should have gone through the autograd.Function gives outputs
+    that require no gradient, and differentiating them is an error.
+    """
+    qualified = f"maskdiff::{name}"
+
+    def without_gradients(*arguments: Any) -> Any:
+        with torch.no_grad():
+            return run(*arguments)
+
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(without_gradients)
+    torch.library.impl(qualified, "Autograd", torch.library.fallthrough_kernel)
+    torch.library.register_fake(qualified)(fake)
+    return getattr(torch.ops.maskdiff, name).default
