@@ -1,0 +1,137 @@
+"""Noise schedules, loss weights, and the conversions between the three things a model may predict."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+SCHEDULES = ("linear", "cosine", "shifted-cosine")
+TARGETS = ("eps", "x0", "v")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What is added to the images and what the model predicts. Raises UserError for values that do not exist."""
+
+    schedule: str = "cosine"  # "linear" | "cosine" | "shifted-cosine"
+    shift: float = 1.0  # shifted-cosine: this resolution over the one that the schedule was made for (64 in the paper)
+    timesteps: int = 1000  # T
+    target: str = "eps"  # "eps" | "x0" | "v"
+    min_snr: float | None = None  # gamma of the min-SNR loss weights (5 in the paper); None = unweighted
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"diffusion.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.target not in TARGETS:
+            raise UserError(f"diffusion.target must be one of {', '.join(TARGETS)}, got {self.target!r}")
+        if not (self.shift > 0 and math.isfinite(self.shift)):
+            raise UserError(f"diffusion.shift must be a positive number, got {self.shift}")
+        if self.schedule != "shifted-cosine" and self.shift != 1.0:
+            raise UserError(
+                f"diffusion.shift = {self.shift} has no effect on the {self.schedule} schedule: "
+                "leave it at 1 or choose shifted-cosine"
+            )
+        if self.timesteps < 21:  # the linear schedule is scaled by 1000 / T: below, betas would reach 1
+            raise UserError(f"diffusion.timesteps must be at least 21, got {self.timesteps}")
+        if self.min_snr is not None and not self.min_snr > 0:
+            raise UserError(f"diffusion.min_snr must be positive, got {self.min_snr}")
+
+
+def schedule_betas(config: DiffusionConfig) -> Tensor:  # [T] float64
+    """The variance added at each step.
+
+    linear: Ho et al., arXiv 2006.11239 (1e-4 to 0.02 at T = 1000, scaled so that other T end alike). cosine: Nichol and
+    Dhariwal, arXiv 2102.09672, eq. 17. shifted-cosine: the cosine's log-SNR lowered by 2 log(shift), Hoogeboom et al.,
+    arXiv 2301.11093, eq. 4.
+    """
+    steps = config.timesteps
+    if config.schedule == "linear":
+        scale = 1000 / steps
+        return torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
+    offset = 0.008
+    time = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    kept = torch.cos((time + offset) / (1 + offset) * math.pi / 2) ** 2  # alpha-bar, up to its first value
+    if config.schedule == "shifted-cosine":
+        ratio = 1 / config.shift**2  # on the signal-to-noise ratio kept / (1 - kept)
+        kept = ratio * kept / (1 - kept + ratio * kept)
+    return (1 - kept[1:] / kept[:-1]).clamp(0, 0.999)
+
+
+class Diffusion:
+    """The tables of a schedule, indexed by timestep, and conversions. x_t = alpha * x0 + sigma * eps."""
+
+    betas: Tensor  # [T] float64
+    alpha_sigma: Tensor  # [T, 2] float32
+    weight: Tensor | None  # [T] float32 loss weights; None = all 1
+
+    def __init__(self, config: DiffusionConfig):
+        self.config = config
+        self.betas = schedule_betas(config)
+        kept = torch.cumprod(1 - self.betas, 0)
+        self.alpha_sigma = torch.stack([kept.sqrt(), (1 - kept).sqrt()], dim=1).float()
+        self.weight = None if config.min_snr is None else _min_snr(kept, config.target, config.min_snr).float()
+
+    def to(self, device: torch.device | str) -> "Diffusion":
+        """Moves what a training step reads; betas stay where they are, on the CPU."""
+        self.alpha_sigma = self.alpha_sigma.to(device)
+        self.weight = None if self.weight is None else self.weight.to(device)
+        return self
+
+    def to_x0(
+        self,
+        prediction: Tensor,  # [B, ...]
+        x_t: Tensor,  # [B, ...]
+        t: Tensor,  # [B] integer
+    ) -> Tensor:  # [B, ...] float32
+        """The clean image that a prediction implies. (At the end of a cosine schedule eps divides by alpha = 5e-5.)"""
+        alpha, sigma = self._at(t, x_t)
+        if self.config.target == "eps":
+            return (x_t - sigma * prediction) / alpha
+        if self.config.target == "v":
+            return alpha * x_t - sigma * prediction
+        return prediction.float()
+
+    def to_eps(
+        self,
+        prediction: Tensor,  # [B, ...]
+        x_t: Tensor,  # [B, ...]
+        t: Tensor,  # [B] integer
+    ) -> Tensor:  # [B, ...] float32
+        """The noise that a prediction implies."""
+        alpha, sigma = self._at(t, x_t)
+        if self.config.target == "x0":
+            return (x_t - alpha * prediction) / sigma
+        if self.config.target == "v":
+            return sigma * x_t + alpha * prediction
+        return prediction.float()
+
+    def to_target(
+        self,
+        x0: Tensor,  # [B, ...]
+        eps: Tensor,  # [B, ...]
+        t: Tensor,  # [B] integer
+    ) -> Tensor:  # [B, ...] float32
+        """What the model should predict: eps, x0 or v = alpha * eps - sigma * x0 (arXiv 2202.00512)."""
+        alpha, sigma = self._at(t, x0)
+        if self.config.target == "v":
+            return alpha * eps - sigma * x0
+        return (eps if self.config.target == "eps" else x0).float()
+
+    def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1,) + (1,) * (like.dim() - 1)
+        alpha, sigma = self.alpha_sigma[t].unbind(1)
+        return alpha.view(shape), sigma.view(shape)
+
+
+def _min_snr(
+    kept: Tensor,  # [T] float64 alpha-bar
+    target: str,
+    gamma: float,
+) -> Tensor:  # [T] float64
+    """min(SNR, gamma) as a weight on the error of x0, expressed for each target (Hang et al., arXiv 2303.09556)."""
+    snr = kept / (1 - kept)
+    clipped = snr.clamp(max=gamma)
+    return {"x0": clipped, "eps": clipped / snr, "v": clipped / (snr + 1)}[target]
