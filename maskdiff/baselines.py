@@ -93,7 +93,7 @@ class PlainUViT(nn.Module):
         return torch.stack((torch.stack(rows), time_token), dim=1)
 
     def transform(self, x: Tensor) -> Tensor:
-        stack = []
+        stack: list[Tensor] = []
         middle = self.config.blocks // 2
         for i, block in enumerate(self.blocks):
             x = block(x, stack.pop()) if i > middle else block(x)
@@ -162,7 +162,7 @@ class StrongBaseline:
         attend = sdpa_attention if self.attention == "sdpa" else explicit_attention
         self.model = PlainUViT(config, attend).to(self.device)
         self.forward = torch.compile(self.model.forward_visible) if compile else self.model.forward_visible
-        self.parameters = list(self.model.parameters())
+        self.parameters: list[Tensor] = list(self.model.parameters())
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
@@ -217,9 +217,9 @@ class PublishedBaseline:
     """A step as the authors' code (github.com/jiachenlei/maskdm, 2023-11) takes it, MaskDiT's much alike.
 
     fp32: their fp16 needs a GPU. Their data workers' share (decoding, masks promoted to float64 per image) is left out,
-    which is in their favour. Kept: noise for the whole image, all patches embedded and positioned before hidden ones are
-    dropped, boolean indexing there and in the target, explicit attention, the loss read back and tested for NaN at each
-    step, AdamW one tensor at a time on all parameters, EMA in a Python loop.
+    which is in their favour. Kept: noise for the whole image, all patches embedded and positioned before hidden ones
+    are dropped, boolean indexing there and in the target, explicit attention, the loss read back and tested for NaN at
+    each step, AdamW one tensor at a time on all parameters, EMA in a Python loop.
     """
 
     def __init__(

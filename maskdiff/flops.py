@@ -1,7 +1,7 @@
 """Counted floating-point operations of a training step: the yardstick that speed-ups are held against.
 
-Only matrix products count, 2 per multiply-add, attention's among them; a training step is three forwards (backward takes
-two products for each of the forward's). Products that need no gradient of their input (the patch embedding's) are
+Only matrix products count, 2 per multiply-add, attention's among them; a training step is three forwards (backward
+takes two products for each of the forward's). Products that need no gradient of their input (the patch embedding's) are
 counted as if they did: the same for every mask rate.
 """
 

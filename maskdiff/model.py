@@ -138,6 +138,8 @@ class UViT(nn.Module):
     rest: activations run in theirs; norm weights, position and label tables stay fp32.
     """
 
+    label_first: Tensor  # [A] each attribute's first row in the label table
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         width = config.width
@@ -154,7 +156,7 @@ class UViT(nn.Module):
             self.unconditional = nn.Parameter(torch.empty(width))
             # On the CPU by name: weights are loaded into a model that was built on the meta device.
             first = torch.tensor([sum(config.classes[:a]) for a in range(len(config.classes))], device="cpu")
-            self.register_buffer("label_first", first, persistent=False)  # [A] each attribute's first table row
+            self.register_buffer("label_first", first, persistent=False)
         half = config.blocks // 2
         self.blocks = nn.ModuleList(Block(config, skip=index > half) for index in range(config.blocks))
         self.norm = nn.LayerNorm(width)
@@ -172,9 +174,7 @@ class UViT(nn.Module):
         config = self.config
         batch, count, _ = x.shape
         if keep_ids is None and count != config.patches:
-            raise ValueError(
-                f"x holds {count} patches, an image has {config.patches}: pass keep_ids for a part of them"
-            )
+            raise ValueError(f"x has {count} patches, an image {config.patches}: pass keep_ids for a part of them")
         extra_rows, patch_rows = self.position.split([config.extras, config.patches])
         rows = patch_rows if keep_ids is None else F.embedding(keep_ids, patch_rows)  # its backward is deterministic
         dtype = self.head.weight.dtype

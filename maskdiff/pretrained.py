@@ -79,18 +79,7 @@ def initial_weights(
     else:
         model = load_maskdm(path, "model" if weights == "raw" else "ema", heads=config.heads)
     found = model.config
-    compared = (
-        "image_size",
-        "channels",
-        "patch",
-        "width",
-        "blocks",
-        "heads",
-        "hidden",
-        "qkv_bias",
-        "time_mlp",
-        "classes",
-    )
+    compared = "image_size channels patch width blocks heads hidden qkv_bias time_mlp classes".split()
     differing = [name for name in compared if getattr(found, name) != getattr(config, name)]
     if differing:
         pairs = ", ".join(f"{name} is {getattr(found, name)}, not {getattr(config, name)}" for name in differing)
@@ -194,9 +183,7 @@ def _translate(
     if side < 1 or side * side != patches:
         raise UserError(f"{path}: its position table of {position.shape[1]} rows is of no square image")
     if heads is None and width % HEAD_DIM:
-        raise UserError(
-            f"{path}: its width of {width} is no multiple of {HEAD_DIM}: say how many heads it has (heads=)"
-        )
+        raise UserError(f"{path}: its width, {width}, is no multiple of {HEAD_DIM}: say how many heads it has (heads=)")
     half = 1 + max((int(found[2] or -1) for name in theirs if (found := _BLOCK.fullmatch(name))), default=-1)
     config = ModelConfig(
         image_size=side * patch,

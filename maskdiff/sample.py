@@ -42,7 +42,7 @@ def main() -> None:
         options.count,
         labels=labels,
         guidance=guidance,
-        steps=options.steps or config.sample_steps,
+        steps=config.sample_steps if options.steps is None else options.steps,
         eta=options.eta,
         seed=options.seed,
         batch=options.batch,
@@ -63,21 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--count", type=int, default=64, help="how many images (default: 64)")
     parser.add_argument(
-        "--out",
-        default="grid.png",
-        help="a picture file for a grid, else a folder for single images (default: grid.png)",
+        "--out", default="grid.png", help="a picture file: a grid; else a folder: single images (default: grid.png)"
     )
     parser.add_argument("--steps", type=int, help="sampler steps (default: the run's sample_steps)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance, 1 = none (default: the run's)")
     parser.add_argument(
-        "--eta", type=float, default=0.0, help="0: DDIM, deterministic; 1: as noisy as DDPM (default: 0)"
+        "--eta", type=float, default=0.0, help="0: deterministic DDIM; 1: as noisy as DDPM (default: 0)"
     )
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
     parser.add_argument(
         "--labels",
-        help="what to draw: [ATTRIBUTE=]VALUE,... by name or number, several such sets separated by ';' in turn; what is "
-        "not named is drawn at random; 'none': without labels (default, where the model takes labels: all at random)",
+        help="what to draw: [ATTRIBUTE=]VALUE,... by name or number, several such sets separated by ';' in turn; what "
+        "is not named is drawn at random; 'none': without labels (default of a labelled model: all at random)",
     )
     parser.add_argument("--batch", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")

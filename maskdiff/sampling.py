@@ -2,7 +2,7 @@
 
 import math
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from .errors import UserError
 from .model import UViT
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
     from PIL.Image import Image
 
 
@@ -85,7 +84,7 @@ def sample(
     return torch.cat(images)
 
 
-def make_scheduler(diffusion: Diffusion, steps: int) -> "DDIMScheduler":
+def make_scheduler(diffusion: Diffusion, steps: int) -> Any:
     """diffusers' DDIM on our betas, evaluated at `steps` timesteps from T - 1 down ("trailing")."""
     from diffusers import DDIMScheduler
 
