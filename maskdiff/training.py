@@ -83,8 +83,14 @@ class _Training:
         self.dtype = precision.resolve_precision(config.precision, self.device)
         if self.device.type == "cpu":
             precision.keep_freed_memory()
-        packed = data.prepare(config.data.path, config.model.image_size, config.model.patch, config.data.background)
-        self.config = config = _fit_labels(config, packed)
+        packed = data.prepare(
+            config.data.path,
+            config.model.image_size,
+            config.model.patch,
+            config.data.background,
+            heldout=config.data.heldout,
+        )
+        self.config = config = _fit_to_data(config, packed)
         self.masks = [_resolve_mask(stage, config) for stage in config.stages]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -244,7 +250,7 @@ class _Training:
         progress = Progress(plan.steps, self.stage_step, name)
         scalars = DeviceScalars(self.window)
         lrs: list[float] = []
-        start = self._now()
+        start = measure.now(self.device)
         while self.stage_step < plan.steps and not self._done():
             lr = learning_rate(stage, self.stage_step, plan.steps)
             hyper = Hyper(lr, stage.clip)
@@ -269,7 +275,7 @@ class _Training:
                 self._save()
             if due[2]:
                 self._sample()
-            start = self._now()
+            start = measure.now(self.device)
         progress.close()
 
     def _intervals(self) -> tuple[int, int, int]:
@@ -352,12 +358,17 @@ class _Training:
         sampling.grid(images).save(folder / f"step-{self.state.step:08d}.png")
 
 
-def _fit_labels(config: Config, packed: data.PackedSet) -> Config:
+def _fit_to_data(config: Config, packed: data.PackedSet) -> Config:
     """Gives the model the classes that the data has, if it is to take labels."""
+    if packed.channels != config.model.channels:
+        raise UserError(
+            f"the images at {config.data.path!r} have {packed.channels} channels, the model takes "
+            f"{config.model.channels}; give --model.channels {packed.channels}"
+        )
     if not config.data.labels:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, classes=()))
     if not packed.class_names:
-        raise UserError(f"data.labels is on, but {config.data.path!r} has no labels; use --no-data.labels")
+        raise UserError(f"data.labels is on, but {config.data.path!r} has no labels; use --data.no-labels")
     classes = tuple(len(names) for names in packed.class_names)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, classes=classes))
 
