@@ -5,7 +5,7 @@ the model's output. Each has a plain PyTorch twin and compiled kernels; `backend
 """
 
 from maskdiff_kernels import philox
-from maskdiff_kernels.dispatch import backends
+from maskdiff_kernels.dispatch import backends, chosen
 from maskdiff_kernels.library import LibraryError, cpu_level, source_version
 from maskdiff_kernels.ops.denoising_loss.op import denoising_loss
 from maskdiff_kernels.ops.draw_batch.op import Batch, Mask, draw_batch
@@ -18,6 +18,7 @@ __all__ = [
     "Mask",
     "Store",
     "backends",
+    "chosen",
     "cpu_level",
     "denoising_loss",
     "draw_batch",

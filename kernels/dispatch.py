@@ -53,15 +53,25 @@ def backends(op: str) -> dict[str, tuple[bool, str]]:
     return {name: implementation.can_run() for name, implementation in _implementations(op).items()}
 
 
+def chosen(device: torch.device | str, backend: str = "auto") -> dict[str, str]:
+    """The implementation of every op that runs for tensors on `device`: what a run writes down. Raises as `choice`."""
+    return {op: choice(op, device, backend) for op in _OPS}
+
+
 def choice(op: str, device: torch.device | str, backend: str = "auto") -> str:
     """The name of the implementation that runs for tensors on `device`.
 
     Raises ValueError for an unknown name or one that cannot take such tensors, LibraryError for a missing library.
     """
-    implementations, device = _implementations(op), torch.device(device)
     said_by = "backend"
-    if backend == "auto" and os.environ.get("MASKDIFF_KERNELS"):
-        backend, said_by = os.environ["MASKDIFF_KERNELS"], "MASKDIFF_KERNELS"
+    if backend == "auto":
+        backend, said_by = os.environ.get("MASKDIFF_KERNELS") or "auto", "MASKDIFF_KERNELS"
+    return _choice(op, torch.device(device), backend, said_by)
+
+
+@functools.cache  # the ops ask at every call; errors are not kept
+def _choice(op: str, device: torch.device, backend: str, said_by: str) -> str:
+    implementations = _implementations(op)
     if backend == "auto":
         backend = _table_choice(op, device)
     elif backend not in implementations:

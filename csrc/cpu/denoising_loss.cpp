@@ -8,14 +8,14 @@
 namespace maskdiff {
 namespace ISA {
 
-// Sums in one order on every processor: 16 columns, whatever the width of its vectors. Room for 15 more numbers in `values`.
+// Sums in one order on every processor: 8 columns, whatever the width of its vectors. `values` has room for 7 more.
 static inline double ordered_sum(float* values, int count) {
-  typedef float Columns __attribute__((vector_size(64)));
-  while (count % 16) values[count++] = 0.0f;
-  Columns columns = {};
-  for (int i = 0; i < count; i += 16) columns += *(const Columns*)(values + i);
-  double sum = 0.0;
-  for (int i = 0; i < 16; i++) sum += columns[i];
+  while (count % 8) values[count++] = 0.0f;
+  double columns[8] = {}, sum = 0.0;
+  for (int i = 0; i < count; i += 8) {
+    for (int j = 0; j < 8; j++) columns[j] += (double)values[i + j];
+  }
+  for (int i = 0; i < 8; i++) sum += columns[i];
   return sum;
 }
 
@@ -56,14 +56,16 @@ int denoising_loss(const maskdiff_samples* s, const void* prediction, int64_t sa
       const float alpha = s->alpha_sigma[2 * t], sigma = s->alpha_sigma[2 * t + 1];
       const float factor = weight ? 2.0f * weight[t] : 2.0f;
       double sum = 0.0;
+      alignas(64) float values[WINDOW_ELEMENTS], squares[WINDOW_ELEMENTS];
       walk_task(s, &mirror, target != MASKDIFF_X0, b, task, [&](Run run) {
-        alignas(64) float values[WINDOW_ELEMENTS], square[WINDOW_ELEMENTS];
         const int64_t row = s->cu_patches ? run.patch * patch_stride
                                           : b * sample_stride + (run.patch - begin) * patch_stride;
         load_floats(prediction, dtype, row + run.first, run.count, values);
-        score(run, target, alpha, sigma, factor, values, square);
+        score(run, target, alpha, sigma, factor, values, squares + run.offset);
+        const int end = run.offset + run.count;
+        for (int i = end; i < (end + 3) / 4 * 4; i++) squares[i] = 0.0f;
         if (error) store_floats(error, dtype, run.patch * elements + run.first, run.count, values);
-        sum += ordered_sum(square, run.count);
+        if (run.last) sum += ordered_sum(squares, end);
       });
       sums[b * tasks + task] = sum;
     }

@@ -101,8 +101,10 @@ struct Run {
   int64_t patch;          // 0 .. M - 1
   int64_t first;          // element of the patch
   int count;              // elements
+  int offset;             // where its elements stand in the window; up to 3 unused places lie between two runs
+  bool last;              // of its window
   const uint8_t* pixels;  // [count] mirrored where the sample is flipped
-  const float* noise;     // [count], NULL where none was asked for
+  const float* noise;     // [count], rubbish where none was asked for
 };
 
 // Calls visit(run) for every run of elements of one task of sample b, in order.
@@ -122,8 +124,12 @@ static inline void walk_task(const maskdiff_samples* s, const Mirror* mirror, bo
     int64_t window_patch = patch, window_block = block;
     int filled = 0;
     while (filled < WINDOW_BLOCKS && patch < stop) {
-      blocks[filled++] = (uint32_t)(s->keep_ids[patch] * per_patch + block);
-      if (++block == per_patch) block = 0, patch++;
+      const int64_t left = per_patch - block, room = WINDOW_BLOCKS - filled, taken = left < room ? left : room;
+      const uint32_t next = (uint32_t)(s->keep_ids[patch] * per_patch + block);
+      for (int64_t i = 0; i < taken; i++) blocks[filled + i] = next + (uint32_t)i;
+      filled += (int)taken;
+      block = taken == left ? 0 : block + taken;
+      patch += taken == left;
     }
     if (with_noise) fill_noise((uint64_t)s->seed[0], (uint64_t)s->n[b], blocks, filled, normals);
     for (int used = 0; used < filled;) {
@@ -137,8 +143,9 @@ static inline void walk_task(const maskdiff_samples* s, const Mirror* mirror, bo
       if (flip) {
         for (int i = 0; i < count; i++) mirrored[i] = pixels[mirror->element[first + i]];
       }
-      visit(Run{window_patch, first, count, flip ? mirrored : pixels + first, with_noise ? normals + 4 * used : 0});
+      const int offset = 4 * used;
       used += taken;
+      visit(Run{window_patch, first, count, offset, used == filled, flip ? mirrored : pixels + first, normals + offset});
       window_patch++;
       window_block = 0;
     }
