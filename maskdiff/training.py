@@ -18,7 +18,7 @@ import maskdiff_kernels
 from maskdiff_kernels import Mask
 
 from . import checkpoint, data, flops, masking, measure, precision, sampling
-from .config import Config, config_to_dict
+from .config import Config, check_new_run, config_to_dict
 from .diffusion import Diffusion
 from .errors import UserError
 from .model import UViT
@@ -75,10 +75,8 @@ def run(config: Config, resume: bool = False) -> Run:
 class _Training:
     def __init__(self, config: Config, resume: bool) -> None:
         self.path = Path(config.out)
-        if not resume and self.path.exists() and any(self.path.iterdir()):
-            raise UserError(
-                f"{self.path} exists; go on with it by --resume {self.path}, or name another folder by --out"
-            )
+        if not resume:
+            check_new_run(self.path)
         self.device = precision.resolve_device(config.device)
         self.dtype = precision.resolve_precision(config.precision, self.device)
         if self.device.type == "cpu":
@@ -133,7 +131,7 @@ class _Training:
             "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             "threads": torch.get_num_threads(),
             "instruction_set": maskdiff_kernels.cpu_level(),
-            "kernels": maskdiff_kernels.chosen(self.device.type),
+            "kernels": maskdiff_kernels.chosen(self.device),
             "torch": torch.__version__,
             "data": self.packed_hash,
         }

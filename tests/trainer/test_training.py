@@ -16,7 +16,7 @@ from maskdiff.config import Config, config_to_dict
 from maskdiff.config import resolve as resolve_config
 from maskdiff.errors import UserError
 
-STAGES = "patch:0.75 x8 b16 lr2e-3 w4 c1.0 cosine, dense x6 b8 lr1e-3 c1.0 fresh"
+STAGES = "patch:0.75 x8 b16 lr2e-3 w4 c1.0 cosine, dense x6 b8 lr1e-3 w0 c1.0 const fresh"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,10 +27,10 @@ def cache(tmp_path_factory):
 
 
 def tiny(out, *more: str) -> Config:
-    argv = ["--data", "faces:200", "--out", str(out), "--stages", STAGES, "--precision", "fp32", "--device", "cpu"]
+    argv = ["--data", "faces:200", "--stages", STAGES, "--precision", "fp32", "--device", "cpu"]
     argv += ["--model.width", "32", "--model.blocks", "3", "--model.heads", "2", "--probe-steps", "1"]
     argv += ["--checkpoint-every", "5", "--heldout-every", "7", "--sample-every", "0", "--sample-count", "0"]
-    return resolve_config([*argv, *more])
+    return dataclasses.replace(resolve_config([*argv, *more]), out=str(out))
 
 
 def rows(run):
