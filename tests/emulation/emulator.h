@@ -49,7 +49,7 @@ namespace maskdiff {
 namespace emulator {
 
 constexpr size_t kStack = 256 << 10, kGuard = 4096, kShared = 227 << 10, kMemory = 2 * kShared, kRedZone = 128;
-constexpr unsigned kWarp = 32, kMaxThreads = 1024, kMaxCopies = 256, kMaxArrays = 64;
+constexpr unsigned kWarp = 32, kMaxThreads = 1024, kMaxCopies = 256, kMaxArrays = 64, kKept = 8;
 
 inline uint64_t seed = 0; // of the scheduler
 inline std::string error; // of the last launch: the first thing that went wrong
@@ -237,6 +237,7 @@ EMULATOR Block::Block(unsigned n) : threads(n), fibers(new Fiber[n]) {
 }
 
 EMULATOR Block::~Block() {
+  IF_TSAN(__tsan_acquire(this);) // only now: no block is ordered after another
   for (unsigned t = 0; t < threads; t++) {
     IF_TSAN(__tsan_destroy_fiber(fibers[t].context);)
     IF_ASAN(__asan_unpoison_memory_region(fibers[t].stack, kGuard + kStack);)
@@ -263,7 +264,6 @@ EMULATOR void Block::run(const std::function<void()>& kernel) {
     if (next) switch_to(scheduler, *next);
     else report(*this, who_waits(*this));
   }
-  IF_TSAN(__tsan_acquire(this);)
 }
 
 // Waits until all `size` threads of a meeting are there; the last to come executes for all. All must have come from the
@@ -349,7 +349,7 @@ int launch(void (*kernel)(P...), Grid grid, unsigned threads, size_t pool_bytes,
       runner->grid_x = grid.x, runner->pool_bytes = pool_bytes;
       runner->run(body);
       if (runner->failed) runner.reset(); // its fibers stand in the middle of the kernel
-      IF_TSAN(if (runner) kept.push_back(std::move(runner));)
+      IF_TSAN(if (runner) kept.push_back(std::move(runner)); if (kept.size() > kKept) kept.clear();)
     }
   }
   return error.empty() ? 0 : 1;

@@ -112,67 +112,66 @@ EMULATOR void finish_copies(unsigned open_groups) {
 } // namespace emulator
 
 namespace ptx {
-using namespace emulator;
 #define HERE int line = __builtin_LINE()
 
 struct Pool {
   unsigned taken = 0;
   template <class T>
   EMULATOR T* take(int n) {
-    return static_cast<T*>(pool_array(taken++, sizeof(T) * static_cast<size_t>(n)));
+    return static_cast<T*>(emulator::pool_array(taken++, sizeof(T) * static_cast<size_t>(n)));
   }
 };
-EMULATOR unsigned thread_x() { return self->thread; }
-EMULATOR unsigned threads() { return block->threads; }
-EMULATOR unsigned block_x() { return block->x; }
-EMULATOR unsigned block_y() { return block->y; }
-EMULATOR unsigned blocks_x() { return block->grid_x; }
-EMULATOR void sync_block(HERE) { barrier(block->meeting, block->threads, "sync_block", line); }
-EMULATOR void sync_warp(HERE) { barrier(my_warp(), kWarp, "sync_warp", line); }
+EMULATOR unsigned thread_x() { return emulator::self->thread; }
+EMULATOR unsigned threads() { return emulator::block->threads; }
+EMULATOR unsigned block_x() { return emulator::block->x; }
+EMULATOR unsigned block_y() { return emulator::block->y; }
+EMULATOR unsigned blocks_x() { return emulator::block->grid_x; }
+EMULATOR void sync_block(HERE) { emulator::barrier(emulator::block->meeting, emulator::block->threads, "sync_block", line); }
+EMULATOR void sync_warp(HERE) { emulator::barrier(emulator::my_warp(), emulator::kWarp, "sync_warp", line); }
 template <class T>
 EMULATOR T shuffle(T value, unsigned lane, HERE) {
-  return shuffle_from(value, lane % kWarp, "shuffle", line);
+  return emulator::shuffle_from(value, lane % emulator::kWarp, "shuffle", line);
 }
 template <class T>
 EMULATOR T shuffle_xor(T value, unsigned bits, HERE) {
-  return shuffle_from(value, (self->thread ^ bits) % kWarp, "shuffle_xor", line);
+  return emulator::shuffle_from(value, (emulator::self->thread ^ bits) % emulator::kWarp, "shuffle_xor", line);
 }
 template <class T>
 EMULATOR T shuffle_up(T value, unsigned distance, HERE) {
-  unsigned lane = self->thread % kWarp;
-  return shuffle_from(value, lane < distance ? lane : lane - distance, "shuffle_up", line);
+  unsigned lane = emulator::self->thread % emulator::kWarp;
+  return emulator::shuffle_from(value, lane < distance ? lane : lane - distance, "shuffle_up", line);
 }
 template <class T>
 EMULATOR T shuffle_down(T value, unsigned distance, HERE) {
-  unsigned lane = self->thread % kWarp;
-  return shuffle_from(value, lane + distance >= kWarp ? lane : lane + distance, "shuffle_down", line);
+  unsigned lane = emulator::self->thread % emulator::kWarp;
+  return emulator::shuffle_from(value, lane + distance >= emulator::kWarp ? lane : lane + distance, "shuffle_down", line);
 }
 EMULATOR uint32_t vote(bool yes, HERE) {
-  Exchange slot{yes, 0, 0};
-  meet(my_warp(), kWarp, "vote", line, &slot, run_vote);
+  emulator::Exchange slot{yes, 0, 0};
+  emulator::meet(emulator::my_warp(), emulator::kWarp, "vote", line, &slot, emulator::run_vote);
   return slot.out;
 }
 EMULATOR void load_matrix_x4(uint32_t (&r)[4], const void* row, HERE) {
-  load_matrix<false>(r, row, "load_matrix_x4", line);
+  emulator::load_matrix<false>(r, row, "load_matrix_x4", line);
 }
 EMULATOR void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row, HERE) {
-  load_matrix<true>(r, row, "load_matrix_x4_transposed", line);
+  emulator::load_matrix<true>(r, row, "load_matrix_x4_transposed", line);
 }
 EMULATOR void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], HERE) {
-  Product slot{a, b, d};
-  meet(my_warp(), kWarp, "mma_bf16", line, &slot, run_mma<true>);
+  emulator::Product slot{a, b, d};
+  emulator::meet(emulator::my_warp(), emulator::kWarp, "mma_bf16", line, &slot, emulator::run_mma<true>);
 }
 EMULATOR void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], HERE) {
-  Product slot{a, b, d};
-  meet(my_warp(), kWarp, "mma_fp16", line, &slot, run_mma<false>);
+  emulator::Product slot{a, b, d};
+  emulator::meet(emulator::my_warp(), emulator::kWarp, "mma_fp16", line, &slot, emulator::run_mma<false>);
 }
 EMULATOR void copy_async16(void* shared, const void* global, bool valid = true, HERE) {
-  issue_copy(shared, valid ? global : nullptr, line);
+  emulator::issue_copy(shared, valid ? global : nullptr, line);
 }
-EMULATOR void copy_commit() { self->group++; }
+EMULATOR void copy_commit() { emulator::self->group++; }
 template <int N>
 EMULATOR void copy_wait() {
-  finish_copies(N);
+  emulator::finish_copies(N);
 }
 EMULATOR float exp2_fast(float x) {
   float y = std::exp2(std::fabs(x) < 0x1p-126f ? 0.0f : x);

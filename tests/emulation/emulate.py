@@ -1,0 +1,91 @@
+"""Builds CUDA sources for the emulator (g++) or for GPUs (nvcc), and runs scripts with a sanitizer's library loaded."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from maskdiff_kernels.source_version import hash_sources
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ARCHS = (80, 90, 100, 120)
+DEFINES = ['-DMASKDIFF_SOURCE_VERSION="of the tests"', '-DMASKDIFF_CUDA_ARCHS="emulated"']
+COMMON = ["-std=c++17", "-fno-strict-aliasing", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON += ["-Wno-unknown-pragmas", "-Wno-unused-function", f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-DISA=emulated"]
+SANITIZERS = {
+    "": ["-O2", "-fopenmp"],
+    "address": ["-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-O1", "-g", "-fsanitize=thread"],  # no OpenMP: its runtime is not instrumented
+}
+PRELOAD = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
+
+
+def build(name: str, sources: list[Path], sanitizer: str = "") -> Path:
+    """The emulated library of some .cu files in build/emulation; compiled anew only where any source has changed."""
+    command = ["g++", *SANITIZERS[sanitizer], *COMMON, *DEFINES, "-Werror", "-x", "c++", *map(str, sources)]
+    return _compile(f"{name}-{sanitizer or 'plain'}", command)
+
+
+def build_for_gpus(name: str, sources: list[Path]) -> Path:
+    """The same for every GPU architecture. Spilled registers, stack in a kernel and any warning are errors."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    strict = ["-Werror=all-warnings", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"]
+    flags = ["-O3", "-std=c++17", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+    command = ["nvcc", *codes, *flags, *strict, f"-I{ROOT / 'csrc'}", "-DISA=cuda", *DEFINES, *map(str, sources)]
+    return _compile(f"{name}-gpu", command)
+
+
+def _compile(name: str, command: list[str]) -> Path:
+    folder = ROOT / "build" / "emulation"
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = f"{hash_sources(ROOT / 'csrc')} {hash_sources(HERE)} {' '.join(command)}"
+    library = folder / f"{name}-{hashlib.sha256(everything.encode()).hexdigest()[:16]}.so"
+    if not library.is_file():
+        for old in folder.glob(f"{name}-*.so"):
+            old.unlink()
+        done = subprocess.run([*command, "-o", f"{library}.new"], capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+        os.replace(f"{library}.new", library)
+    return library
+
+
+def load(library: Path) -> ctypes.CDLL:
+    """A library of build(), with what all of them export: emulator_seed and wrapper_error."""
+    loaded = ctypes.CDLL(str(library))
+    loaded.wrapper_error.restype = ctypes.c_char_p
+    return loaded
+
+
+def run_sanitized(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python on what loads a library built for `sanitizer`: its runtime must come first in the process."""
+    names = [_runtime(name) for name in PRELOAD[sanitizer]]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(names),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps memory to its end
+        "TSAN_OPTIONS": "exitcode=66 history_size=0",  # a short history makes fibers cheap
+        "OMP_NUM_THREADS": "2",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [os.path.realpath(sys.executable), *arguments]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def _runtime(name: str) -> str:
+    return subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def no_emulator() -> str:
+    """Why the emulator cannot be built here; empty where it can."""
+    return "" if shutil.which("g++") else "no g++"
+
+
+def no_nvcc() -> str:
+    """Why nothing can be compiled for GPUs here; empty where it can."""
+    return "" if shutil.which("nvcc") else "no nvcc"
