@@ -150,7 +150,7 @@ def _features(
 
     # brows: lifted when surprised, inner ends up when sad
     lift = {0: 0.006, 1: 0.0, 2: 0.004, 3: 0.034}[traits.mood] + dice.near(0.0, 0.006)
-    tilt = {0: 0.006, 1: -0.008, 2: -0.034, 3: 0.0}[traits.mood]
+    tilt = {0: 0.006, 1: -0.008, 2: -0.044, 3: 0.0}[traits.mood]
     brow_y = eye_y - 0.088 - lift
     brow = mix(hair, INK if sum(hair) > 260 else WHITE, 0.25 if sum(hair) > 260 else 0.06)
     thick = dice.near(0.028, 0.006)
@@ -188,10 +188,10 @@ def _mouth(pen: Pen, mood: int, dice: Dice, lip: Color, cx: float, y: float) -> 
         pen.fill(_bowl(cx, y - 0.012, w - 0.026, 0.5 * deep), WHITE)
     elif mood == 1:
         w = 0.070 * wide
-        pen.fill(stroke((cx - w, y), (cx, y + 0.010), (cx + w, y), 0.030, 0.6), lip)
+        pen.fill(stroke((cx - w, y), (cx, y + 0.010), (cx + w, y), 0.030, 0.8), lip)
     elif mood == 2:
         w = 0.088 * wide
-        pen.fill(stroke((cx - w, y + 0.034), (cx, y - 0.058), (cx + w, y + 0.034), 0.032, 0.6), lip)
+        pen.fill(stroke((cx - w, y + 0.044), (cx, y - 0.080), (cx + w, y + 0.044), 0.032, 0.6), lip)
     else:
         tall = dice.near(0.060, 0.008)
         pen.fill(oval(cx, y + 0.012, 0.052 * wide, tall), lip)

@@ -140,7 +140,7 @@ def _features(pen: Pen, traits: Traits, dice: Dice, skin: Color, hair: Color, cx
             pen.fill(oval(cx + side * gap + look - 0.008, eye_y + down - 0.012, 0.010, 0.010), WHITE)
 
     lift = {0: 0.010, 1: 0.0, 2: 0.006, 3: 0.030}[traits.mood] + dice.near(0.0, 0.005)
-    tilt = {0: 0.004, 1: 0.004, 2: -0.036, 3: -0.004}[traits.mood]
+    tilt = {0: 0.004, 1: 0.004, 2: -0.044, 3: -0.004}[traits.mood]
     brow_y, brow = eye_y - 0.090 - lift, mix(hair, INK, 0.30)
     thick = dice.near(0.034, 0.006)
     for side in (-1, 1):
@@ -174,7 +174,7 @@ def _mouth(pen: Pen, mood: int, dice: Dice, skin: Color, cx: float, y: float) ->
         pen.fill(stroke((cx - w, y), (cx, y), (cx + w, y), 0.032, 0.9), ink)
     elif mood == 2:
         w = 0.088 * wide
-        pen.fill(stroke((cx - w, y + 0.036), (cx, y - 0.064), (cx + w, y + 0.036), 0.034, 0.8), ink)
+        pen.fill(stroke((cx - w, y + 0.044), (cx, y - 0.080), (cx + w, y + 0.044), 0.034, 0.8), ink)
     else:
         pen.fill(oval(cx, y + 0.012, 0.054 * wide, dice.near(0.052, 0.006)), (150, 20, 40), True)
         pen.fill(oval(cx, y + 0.034, 0.032 * wide, 0.020), (250, 110, 110))

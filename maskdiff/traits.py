@@ -24,12 +24,12 @@ class Dice:
         words: np.ndarray,  # [W] uint32
     ) -> None:
         self._units = (words * 2.0**-32).tolist()
-        self._at = 0
+        self.used = 0
 
     def unit(self) -> float:
         """A number in [0, 1)."""
-        self._at += 1
-        return self._units[self._at - 1]
+        self.used += 1
+        return self._units[self.used - 1]
 
     def near(self, middle: float, spread: float) -> float:
         """A number within `spread` of `middle`."""

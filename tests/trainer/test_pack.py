@@ -1,0 +1,392 @@
+"""Decoding and packing: every mode of picture, crops, rejects, bytes that hang on no worker count, whole or absent."""
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskdiff import decode, layout, workers
+from maskdiff.errors import UserError
+from maskdiff.files import FileSource
+from maskdiff.manifest import Manifest
+from maskdiff.pack import _split, pack
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+BACKGROUND = (0, 128, 255)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def decoded(content: bytes, size: int = 8) -> np.ndarray:
+    return decode.decode(io.BytesIO(content), size, BACKGROUND)
+
+
+def noise(seed: int, size: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures in two sub-folders, and three files that are none."""
+    root = tmp_path / "pictures"
+    for i in range(12):
+        path = root / f"part{i % 2}" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(noise(i)))
+    whole = (root / "part0" / "00.png").read_bytes()
+    (root / "part0" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (root / "part1" / "empty.jpg").write_bytes(b"")
+    (root / "part1" / "text.webp").write_text("no picture")
+    (root / "notes.txt").write_text("not looked at")
+    (root / ".hidden.png").write_bytes(whole)
+    return root
+
+
+def transparent_palette() -> Image.Image:
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.info["transparency"] = 1
+    return image
+
+
+def gray16(value: int) -> Image.Image:
+    return Image.fromarray(np.full((8, 8), value, np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("content", "color", "slack"),
+    [
+        (encoded(Image.new("RGB", (8, 8), (1, 2, 3))), (1, 2, 3), 0),
+        (encoded(Image.new("RGBA", (8, 8), (200, 100, 50, 0))), BACKGROUND, 0),
+        (encoded(Image.new("RGBA", (8, 8), (200, 100, 50, 255))), (200, 100, 50), 0),
+        (encoded(Image.new("RGBA", (8, 8), (200, 0, 55, 51))), (40, 102, 215), 1),  # 51 / 255 = 0.2
+        (encoded(Image.new("LA", (8, 8), (90, 0))), BACKGROUND, 0),
+        (encoded(Image.new("LA", (8, 8), (90, 255))), (90, 90, 90), 0),
+        (encoded(Image.new("L", (8, 8), 77)), (77, 77, 77), 0),
+        (encoded(Image.new("L", (8, 8), 77), transparency=77), BACKGROUND, 0),
+        (encoded(Image.new("RGB", (8, 8), (9, 8, 7)), transparency=(9, 8, 7)), BACKGROUND, 0),
+        (encoded(Image.new("1", (8, 8), 1)), (255, 255, 255), 0),
+        (encoded(Image.new("P", (8, 8), 0)), (0, 0, 0), 0),
+        (encoded(transparent_palette(), transparency=1), BACKGROUND, 0),
+        (encoded(gray16(65535)), (255, 255, 255), 0),
+        (encoded(gray16(32768)), (128, 128, 128), 0),
+        (encoded(gray16(300)), (1, 1, 1), 0),
+        (encoded(Image.new("RGB", (64, 64), (200, 100, 50)), "JPEG", quality=95), (200, 100, 50), 3),
+        (encoded(Image.new("L", (64, 64), 60), "JPEG", quality=95), (60, 60, 60), 2),
+        (encoded(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), "JPEG", quality=95), (255, 0, 0), 6),
+        (encoded(Image.new("RGB", (8, 8), (200, 100, 50)), "WEBP", lossless=True), (200, 100, 50), 0),
+        (encoded(Image.new("RGBA", (8, 8), (200, 100, 50, 0)), "WEBP", lossless=True), BACKGROUND, 0),
+    ],
+)
+def test_every_mode_becomes_rgb(content, color, slack):
+    picture = decoded(content)
+    assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8
+    assert np.abs(picture.astype(int) - color).max() <= slack
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (9, 25), (80, 240)])
+def test_the_centre_square_is_kept(shape):
+    height, width = shape
+    side = min(shape)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - side) // 2, (width - side) // 2
+    pixels[top : top + side, left : left + side] = 255
+    picture = decoded(encoded(Image.fromarray(pixels)))
+    # the filter reaches a little beyond the square, as where one scales first and crops then; a pixel's shift gives 0
+    assert picture[1:-1, 1:-1].min() >= 250 and picture.min() >= 200
+
+
+def test_what_has_the_right_size_is_not_touched():
+    image = noise(0)
+    assert np.array_equal(decoded(encoded(image), 32), np.asarray(image))
+
+
+def test_downscaling_is_antialiased():
+    lines = np.zeros((64, 64, 3), np.uint8)
+    lines[::2] = 255
+    assert np.abs(decoded(encoded(Image.fromarray(lines))).astype(int) - 128).max() <= 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_their_exif_says(orientation):
+    upright = noise(1, 16).resize((32, 16), Image.Resampling.NEAREST)
+    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # Transpose.ROTATE_90 undoes a 6, and so on
+    stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(decoded(encoded(stored, exif=exif), 16), decoded(encoded(upright), 16))
+
+
+def test_rows_are_patch_major_and_padded():
+    images = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), dtype=np.uint8)
+    rows = layout.chunk(images, np.zeros((3, 0), np.int32), 3).rows
+    assert rows.shape == (3, 128) and layout.stride_of(6, 3, 3) == 128  # 108 bytes of pixels
+    patches = rows[:, :108].reshape(3, 4, 3, 3, 3)
+    for i in range(3):
+        for p in range(4):
+            y, x = divmod(p, 2)
+            assert np.array_equal(patches[i, p], images[i, 3 * y : 3 * y + 3, 3 * x : 3 * x + 3])
+    assert not rows[:, 108:].any()
+
+
+def read(packed: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(packed.iterdir())}
+
+
+def test_bytes_do_not_depend_on_workers_or_on_folder_and_zip_beyond_the_recipe(folder, tmp_path):
+    for count in (1, 2, 3):
+        pack(FileSource(folder), tmp_path / f"by{count}", 16, 4, workers=count)
+    assert read(tmp_path / "by1") == read(tmp_path / "by2") == read(tmp_path / "by3")
+    archive = tmp_path / "pictures.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(folder.rglob("*"), reverse=True):
+            file.write(path, path.relative_to(folder))
+    pack(FileSource(archive), tmp_path / "zipped", 16, 4, workers=2)
+    a, b = Manifest.read(tmp_path / "by1"), Manifest.read(tmp_path / "zipped")
+    assert a.files == b.files and a.rejects == b.rejects and a.hash == b.hash
+    assert a.recipe["kind"] == "folder" and b.recipe["kind"] == "zip"
+
+
+def test_broken_files_are_left_out_and_told_of(folder, tmp_path, capsys):
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    pack(FileSource(folder), tmp_path / "out", 16, 4)
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.count == 12
+    reasons = dict(manifest.rejects)
+    assert set(reasons) == {"gone.png", "pipe.png", "part0/cut.png", "part1/empty.jpg", "part1/text.webp"}
+    assert "truncated" in reasons["part0/cut.png"]
+    assert reasons["part1/text.webp"] == "not a PNG, JPEG or WebP image"
+    assert reasons["pipe.png"] == "not a regular file"
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert "5 files" in line and "gone.png" in line and line.count("(") == 3
+
+
+def test_files_are_taken_in_the_order_of_their_names(folder, tmp_path):
+    from maskdiff.data import open_packed
+
+    pack(FileSource(folder), tmp_path / "out", 32, 4)
+    images = open_packed(tmp_path / "out").images(range(12))
+    for at, i in enumerate([0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]):
+        assert np.array_equal(images[at], np.asarray(noise(i)))
+
+
+def test_only_broken_files_is_an_error_that_leaves_nothing(tmp_path):
+    root = tmp_path / "broken"
+    root.mkdir()
+    for i in range(5):
+        (root / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(i))
+    with pytest.raises(UserError, match=r"no usable image in 'broken': 5 files: '0.png' \(.*, \.\.\."):
+        pack(FileSource(root), tmp_path / "out" / "set", 16, 4)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def zipped(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def test_a_zip_is_never_unpacked_to_disk(tmp_path):
+    names = ["../../outside.png", "/absolute.png", "a/../b.png"]
+    archive = zipped(tmp_path / "odd.zip", {name: encoded(noise(i)) for i, name in enumerate(names)})
+    before = set(tmp_path.parent.rglob("*"))
+    pack(FileSource(archive), tmp_path / "out", 16, 4)
+    new = {path for path in set(tmp_path.parent.rglob("*")) - before if tmp_path / "out" not in (path, *path.parents)}
+    assert Manifest.read(tmp_path / "out").count == 3 and not new and not Path("/absolute.png").exists()
+
+
+def test_a_zip_with_damaged_and_encrypted_members(tmp_path):
+    archive = zipped(tmp_path / "z.zip", {f"{i}.png": encoded(noise(i)) for i in range(4)} | {"__MACOSX/0.png": b"x"})
+    content = bytearray(archive.read_bytes())
+    with zipfile.ZipFile(archive) as file:
+        infos = file.infolist()
+    content[infos[1].header_offset + 60] ^= 0xFF  # its pixels
+    directory = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 1)  # the entry of 1.png
+    directory = content.index(b"PK\x01\x02", directory + 1)  # of 2.png
+    content[directory + 8] |= 1  # says that it is encrypted
+    archive.write_bytes(content)
+    pack(FileSource(archive), tmp_path / "out", 16, 4)
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.count == 2 and [name for name, _ in manifest.rejects] == ["1.png", "2.png"]
+    assert manifest.rejects[1][1] == "encrypted"
+
+
+def test_a_picture_of_too_many_pixels_is_a_reject(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    archive = zipped(tmp_path / "z.zip", {"a.png": encoded(noise(0, 16)), "bomb.png": encoded(noise(1, 64))})
+    pack(FileSource(archive), tmp_path / "out", 16, 4, workers=1)
+    assert Manifest.read(tmp_path / "out").rejects == [["bomb.png", "too many pixels"]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: zipped(path, {}), "no picture in the zip"),
+        (lambda path: zipped(path, {"readme.txt": b"hello"}), "no picture in the zip"),
+        (lambda path: path.write_bytes(b""), "is an empty file"),
+        (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)), "is not a readable zip"),
+        (
+            lambda path: path.write_bytes(zipped(path, {"a.png": bytes(999)}).read_bytes()[:-30]),
+            "is not a readable zip",
+        ),
+        (lambda path: path.mkdir(), "no picture in the folder"),
+    ],
+)
+def test_a_source_without_pictures_is_an_error(make, message, tmp_path):
+    make(tmp_path / "data.zip")
+    with pytest.raises(UserError, match=message):
+        FileSource(tmp_path / "data.zip")
+
+
+def test_an_unknown_background_is_an_error(folder):
+    with pytest.raises(UserError, match="'whiteish' is no colour"):
+        FileSource(folder, "whiteish")
+
+
+def test_links_that_lead_back_end(folder):
+    (folder / "part0" / "again").symlink_to(folder)
+    assert FileSource(folder).count == 15
+
+
+def test_names_that_are_not_utf8(folder, tmp_path):
+    odd = os.path.join(os.fsencode(folder), b"caf\xe9.png")
+    with open(odd, "wb") as file:
+        file.write(b"broken")
+    pack(FileSource(folder), tmp_path / "out", 16, 4)
+    assert "caf\udce9.png" in dict(Manifest.read(tmp_path / "out").rejects)
+
+
+def test_an_existing_target_is_an_error(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists"):
+        pack(FileSource(folder), tmp_path / "out", 16, 4)
+
+
+def test_split_follows_content():
+    keys = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
+    split = _split(keys, 0.02)
+    assert abs(int(split.sum()) - 400) < 5 * np.sqrt(400 * 0.98)
+    part = np.random.default_rng(1).permutation(20_000)[:5000]
+    assert np.array_equal(_split(keys[part], 0.02), split[part])  # whatever else is in the set
+    assert not _split(keys, 0.0).any()
+    assert _split(keys[:10], 1e-9).tolist().count(1) == 1
+    assert _split(keys[:10], 0.999999).tolist().count(0) == 1
+    assert _split(np.zeros(5, np.uint64), 0.02).tolist() == [0] * 5  # five copies of one image: nothing to hold out
+
+
+SCRIPT = """
+import sys
+from maskdiff import data
+data.prepare(sys.argv[1], 32, 4, cache=sys.argv[2], workers=int(sys.argv[3]))
+"""
+
+
+def run(*arguments, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, arguments)], stderr=subprocess.PIPE, **options)
+
+
+def test_killed_half_way_nothing_is_left_and_the_next_try_succeeds(tmp_path):
+    from maskdiff import data
+
+    process = run("faces:100000", tmp_path, 2)
+    for _ in range(600):
+        written = list(tmp_path.glob(".faces*/images.u8"))
+        if written and written[0].stat().st_size:
+            break
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert written and not list(tmp_path.glob("faces*"))
+    time.sleep(2)  # the workers find their input ended
+    commands = [Path(f"/proc/{pid}/cmdline") for pid in children]
+    assert len(children) == 2 and not [path for path in commands if path.exists() and path.read_bytes()]
+    small = data.prepare("faces:50", 32, 4, cache=tmp_path)
+    assert len(small) == 50
+
+
+def test_a_stale_half_is_replaced(tmp_path):
+    from maskdiff import data
+
+    first = data.prepare("faces:20", 32, 4, cache=tmp_path / "a")
+    partial = tmp_path / "b" / f".{first.path.name}.partial"
+    partial.mkdir(parents=True)
+    (partial / "images.u8").write_bytes(b"half")
+    again = data.prepare("faces:20", 32, 4, cache=tmp_path / "b")
+    assert read(first.path) == read(again.path) and not partial.exists()
+
+
+def test_a_full_disk_is_one_clear_error_and_keeps_what_was_there(tmp_path):
+    """The limit on the size of a file stands in for a full disk: the same kind of error from the same calls."""
+    from maskdiff import data
+
+    before = read(data.prepare("faces:20", 32, 4, cache=tmp_path).path)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))  # noqa: E731
+    process = run("faces:400", tmp_path, 1, preexec_fn=limit)
+    _, errors = process.communicate()
+    last = errors.decode().strip().splitlines()[-1]
+    assert process.returncode and "UserError: cannot write the packed set" in last and "MASKDIFF_CACHE" in last
+    [kept] = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+    assert read(kept) == before and not list(tmp_path.glob(".*partial"))
+
+
+def test_no_room_is_told_before_any_work(folder, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 9_000, 1000))
+    with pytest.raises(UserError, match=r"needs [\d,]+ bytes and 1,000 are free"):
+        pack(FileSource(folder), tmp_path / "out", 32, 4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_keep_the_order():
+    assert list(workers.ordered_map(abs, range(-40, 0), 3)) == list(range(40, 0, -1))
+
+
+def test_a_worker_that_dies_or_fails_is_an_error_not_a_hang(tmp_path, monkeypatch):
+    (tmp_path / "cursed.py").write_text(
+        "import os\ndef die(n):\n    os.kill(os.getpid(), 9)\ndef fail(n):\n    raise ValueError('cursed')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import cursed
+
+    with pytest.raises(UserError, match="ended with status -9"):
+        list(workers.ordered_map(cursed.die, range(10), 2))
+    with pytest.raises(RuntimeError, match="cursed"):
+        list(workers.ordered_map(cursed.fail, range(10), 2))
+
+
+def test_workers_do_not_load_pytorch():
+    script = "import sys, maskdiff.decode, maskdiff.faces, maskdiff.worker_main; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(("name", "count"), [("noto-emoji-128.zip", 3573), ("emojitwo-128.zip", 2005)])
+def test_real_pictures(name, count, tmp_path):
+    from maskdiff import data
+
+    if not (SHARED / name).exists():
+        pytest.skip(f"{name} is not there; see shared/data")
+    packed = data.prepare(SHARED / name, 32, 4, cache=tmp_path)
+    assert len(packed) == count and not json.loads((packed.path / "manifest.json").read_text())["rejects"]
+    images = packed.images(range(0, count, 7)).numpy()
+    corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners == 255).all(axis=(1, 2)).mean() > 0.5  # transparent corners became white
+    different = len(np.unique(images.reshape(len(images), -1), axis=0))
+    assert images.std(axis=(1, 2, 3)).min() > 0 and different > 0.95 * len(images)
