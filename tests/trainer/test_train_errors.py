@@ -1,4 +1,4 @@
-"""Bad input to `maskdiff.train`: one clear line that says what to do, no traceback, exit status 2, nothing lost."""
+"""Bad input to the commands: one clear line that says what to do, no traceback, exit status 2, nothing lost."""
 
 import json
 import os
@@ -15,9 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from maskdiff import checkpoint, precision, train
+from maskdiff import checkpoint, precision, sample, train
 from maskdiff.errors import run_command
-from maskdiff_kernels import library
 
 TINY = shlex.split(
     "--stages 'patch:0.75 x2 b16 lr1e-3, dense x2 b4 lr1e-3' --model.width 16 --model.heads 1 --model.blocks 3 "
@@ -42,10 +41,10 @@ def in_empty_folder(tmp_path, monkeypatch):
 def fails(capfd, monkeypatch):
     """Runs the command in this process; gives the one line that it ends with."""
 
-    def fails(*argv) -> str:
-        monkeypatch.setattr(sys, "argv", ["maskdiff train", *map(str, argv)])
+    def fails(*argv, command=train.main) -> str:
+        monkeypatch.setattr(sys, "argv", ["maskdiff", *map(str, argv)])
         with pytest.raises(SystemExit) as ended:
-            run_command(train.main)
+            run_command(command)
         return the_error(ended.value.code, capfd.readouterr().err)
 
     return fails
@@ -168,6 +167,12 @@ def test_broken_images_only(fails, tmp_path):
 def test_labels_of_unlabelled_data(fails, images):
     message = fails("--preset", "emoji32", "--data", images, "--data.labels", "--out", "new")
     assert "has no labels" in message and "--data.no-labels" in message
+
+
+def test_labels_of_an_unlabelled_model(fails, run, tmp_path):
+    message = fails("run", "--labels", "smile", "--out", "new.png", command=sample.main)
+    assert "without labels" in message and "--labels" in message
+    assert not (tmp_path / "new.png").exists()
 
 
 def test_channels_that_the_data_does_not_have(fails, images):
@@ -295,24 +300,20 @@ def test_cuda_where_there_is_none(fails):
     assert "--device cpu" in fails("--device", "cuda")
 
 
-def test_stale_library(fails, monkeypatch, images):
-    library.cpu.cache_clear()
-    monkeypatch.setattr(library, "expected_version", lambda: "of other sources")
-    try:
-        message = fails("--preset", "emoji32", "--data", images, "--out", "new", *TINY)
-    finally:
-        library.cpu.cache_clear()
-    assert "is stale" in message and "pip install" in message
+STALE_LIBRARY = """
+from maskdiff import train
+from maskdiff.errors import run_command
+from maskdiff_kernels import library
+library.expected_version = lambda: "of-other-sources"
+run_command(train.main)
+"""
 
 
-def test_missing_library(fails, monkeypatch, images, tmp_path):
-    library.cpu.cache_clear()
-    monkeypatch.setattr(library, "LIBRARIES", tmp_path)
-    try:
-        message = fails("--preset", "emoji32", "--data", images, "--out", "new", *TINY)
-    finally:
-        library.cpu.cache_clear()
-    assert "missing" in message and "pip install" in message
+def test_stale_library(images):
+    argv = ["--preset", "emoji32", "--data", images, "--out", "new", *TINY]
+    ended = subprocess.run([sys.executable, "-c", STALE_LIBRARY, *argv], capture_output=True, text=True)
+    message = the_error(ended.returncode, ended.stderr)
+    assert "is stale" in message and "of-other-sources" in message and "pip install" in message
 
 
 FULL_DISK = """
