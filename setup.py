@@ -124,15 +124,16 @@ def _build_requirements() -> list[str]:
     return wanted
 
 
-build.sub_commands = [*build.sub_commands, ("build_kernels", None)]
-setup(
-    distclass=KernelDistribution,
-    packages=[
-        *find_namespace_packages(include=["maskdiff", "maskdiff.*"], exclude=["*__pycache__*"]),
-        PACKAGE,
-        *(f"{PACKAGE}.{name}" for name in find_namespace_packages("kernels", ["*__pycache__*"], ["ops", "ops.*"])),
-    ],
-    package_dir={PACKAGE: "kernels"},
-    setup_requires=_build_requirements(),
-    cmdclass={"build": Build, "build_kernels": BuildKernels, "bdist_wheel": PlatformWheel},
-)
+if __name__ == "__main__":
+    build.sub_commands = [*build.sub_commands, ("build_kernels", None)]
+    setup(
+        distclass=KernelDistribution,
+        packages=[
+            *find_namespace_packages(include=["maskdiff", "maskdiff.*"], exclude=["*__pycache__*"]),
+            PACKAGE,
+            *(f"{PACKAGE}.{name}" for name in find_namespace_packages("kernels", ["*__pycache__*"], ["ops", "ops.*"])),
+        ],
+        package_dir={PACKAGE: "kernels"},
+        setup_requires=_build_requirements(),
+        cmdclass={"build": Build, "build_kernels": BuildKernels, "bdist_wheel": PlatformWheel},
+    )
