@@ -126,12 +126,14 @@ class _Training:
 
     def _environment(self) -> dict[str, Any]:
         """What bit-for-bit resume depends on beside the configuration."""
+        kernels = maskdiff_kernels.chosen(self.device)
+        compiled = "cpp" in kernels.values()
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             "threads": torch.get_num_threads(),
-            "instruction_set": maskdiff_kernels.cpu_level(),
-            "kernels": maskdiff_kernels.chosen(self.device),
+            "instruction_set": maskdiff_kernels.cpu_level() if compiled else None,
+            "kernels": kernels,
             "torch": torch.__version__,
             "data": self.packed_hash,
         }
@@ -261,7 +263,7 @@ class _Training:
                 continue
             rows = scalars.read()
             step_s = (time.perf_counter() - start) / len(rows)
-            heldout = {"heldout_loss": self.heldout_loss()} if due[0] else {}
+            heldout = {"heldout_loss": self.heldout_loss()} if due[0] and len(self.heldout.ids) else {}
             for i, (row, rate) in enumerate(zip(rows, lrs, strict=True)):
                 last = i == len(rows) - 1
                 self._log(
@@ -339,8 +341,8 @@ class _Training:
             return
         labels = None
         if self.source.labels is not None:
-            rows = self.heldout.ids[torch.arange(count, device=self.device) % len(self.heldout.ids)]
-            labels = self.source.labels[rows]
+            ids = self.heldout.ids if len(self.heldout.ids) else self.source.ids
+            labels = self.source.labels[ids[torch.arange(count, device=self.device) % len(ids)]]
         with self.state.ema_weights() as model:
             images = sampling.sample(
                 model,
