@@ -1,0 +1,80 @@
+"""Implementations and inputs of the op tests."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import maskdiff_kernels as mk
+from maskdiff_kernels import library
+
+TIMESTEPS = 50
+
+
+@pytest.fixture(params=library.cpu_levels())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this processor has."""
+    with library.use_cpu_level(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["reference", *(f"cpp-{name}" for name in library.cpu_levels())])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each value of `backend` that can run here; C++ at each instruction set."""
+    backend, _, name = request.param.partition("-")
+    with library.use_cpu_level(name or library.cpu_level()):
+        yield backend
+
+
+@pytest.fixture
+def make_store() -> Callable[..., mk.Store]:
+    """Random images; `pad` bytes lie between one image and the next."""
+
+    def make(
+        grid: tuple[int, int] = (4, 6), patch: int = 4, channels: int = 3, images: int = 7, pad: int = 0
+    ) -> mk.Store:
+        size, count = patch * patch * channels, grid[0] * grid[1]
+        generator = torch.Generator().manual_seed(1)
+        flat = torch.randint(0, 256, (images, count * size + pad), dtype=torch.uint8, generator=generator)
+        return mk.Store(flat[:, : count * size].unflatten(1, (count, size)), grid, patch)
+
+    return make
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., mk.Batch]:
+    """What samples `first`, first + 1, ... of a store show: K visible patches each, or a list of counts (ragged)."""
+
+    def make(store: mk.Store, visible: int | list[int], batch: int = 4, first: int = 2**32 - 1) -> mk.Batch:
+        patches = store.grid[0] * store.grid[1]
+        counts = [visible] * batch if isinstance(visible, int) else visible
+        generator = torch.Generator().manual_seed(2)
+        kept = [torch.randperm(patches, generator=generator)[:count].sort().values.int() for count in counts]
+        return mk.Batch(
+            n=torch.arange(first, first + len(counts)),
+            image_ids=torch.randint(0, len(store.patches), (len(counts),), generator=generator),
+            keep_ids=torch.stack(kept) if isinstance(visible, int) else torch.cat(kept),
+            cu_patches=None if isinstance(visible, int) else torch.tensor([0, *counts]).cumsum(0).int(),
+            flip=torch.arange(len(counts)) % 2 == 1,
+            timestep=torch.randint(0, TIMESTEPS, (len(counts),), generator=generator),
+            drop_label=torch.zeros(len(counts), dtype=torch.bool),
+        )
+
+    return make
+
+
+@pytest.fixture
+def alpha_sigma() -> Tensor:  # [T, 2]
+    angle = torch.linspace(0.01, 1.5, TIMESTEPS)
+    return torch.stack((angle.cos(), angle.sin()), dim=1)
+
+
+@pytest.fixture
+def weight() -> Tensor:  # [T]
+    return torch.linspace(0.5, 5.0, TIMESTEPS)
+
+
+@pytest.fixture
+def seed() -> Tensor:
+    return torch.tensor([-1234567890123456789])
