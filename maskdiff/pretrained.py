@@ -77,9 +77,11 @@ def initial_weights(
     if Path(path).is_dir():
         model = load(path, weights)
     else:
-        model = load_maskdm(path, "model" if weights == "raw" else "ema", heads=config.heads)
+        # The model's own number of heads only where the published rule gives none: a wrong one would go unnoticed.
+        heads = config.heads if config.width % HEAD_DIM else None
+        model = load_maskdm(path, "model" if weights == "raw" else "ema", heads)
     found = model.config
-    compared = "image_size channels patch width blocks heads hidden qkv_bias time_mlp classes".split()
+    compared = "image_size channels patch width blocks heads mlp_ratio qkv_bias time_mlp classes".split()
     differing = [name for name in compared if getattr(found, name) != getattr(config, name)]
     if differing:
         pairs = ", ".join(f"{name} is {getattr(found, name)}, not {getattr(config, name)}" for name in differing)

@@ -67,9 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, help="sampler steps (default: the run's sample_steps)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance, 1 = none (default: the run's)")
-    parser.add_argument(
-        "--eta", type=float, default=0.0, help="0: deterministic DDIM; 1: as noisy as DDPM (default: 0)"
-    )
+    parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic; 1: as noisy as DDPM (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
     parser.add_argument(
@@ -124,9 +122,7 @@ def _parse_label(
     if not found and len(candidates) == 1 and value.isdecimal() and int(value) < classes[candidates[0]]:
         found = [(candidates[0], int(value))]
     if len(found) > 1:
-        raise UserError(
-            f"--labels: {word!r} could be of {len(found)} attributes; write ATTRIBUTE={word} ({everything})"
-        )
+        raise UserError(f"--labels: {len(found)} attributes have {word!r}; write ATTRIBUTE={word} ({everything})")
     if not found:
         raise UserError(f"--labels: there is no label {word!r}; this model takes {everything}")
     return found[0]

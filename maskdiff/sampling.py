@@ -88,7 +88,7 @@ def make_scheduler(diffusion: Diffusion, steps: int) -> Any:
     """diffusers' DDIM on our betas, evaluated at `steps` timesteps from T - 1 down ("trailing")."""
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(
+    scheduler: Any = DDIMScheduler(
         num_train_timesteps=diffusion.config.timesteps,
         trained_betas=diffusion.betas.numpy(),
         prediction_type={"eps": "epsilon", "x0": "sample", "v": "v_prediction"}[diffusion.config.target],

@@ -1,0 +1,340 @@
+"""UViT and its layers against an independent plain U-ViT, in fp64 and by the fp64 rule; labels, starts, errors."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from maskdiff import layers
+from maskdiff.baselines import PlainUViT
+from maskdiff.errors import UserError
+from maskdiff.layers import attention
+from maskdiff.model import SIZES, ModelConfig, UViT, cast_products, patchify, unpatchify
+
+BATCH = 4
+LABELS = torch.tensor([[0, 1], [-1, 3], [-1, -1], [2, -1]])
+
+
+def shaken(config: ModelConfig) -> UViT:
+    """A model whose every parameter, biases and norms too, is away from what it starts as."""
+    torch.manual_seed(0)
+    model = UViT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def plain_twin(model: UViT) -> PlainUViT:
+    plain = PlainUViT(model.config)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def inputs(config: ModelConfig, visible: int | None):
+    generator = torch.Generator().manual_seed(1)
+    count = visible or config.patches
+    order = torch.rand(BATCH, config.patches, generator=generator).argsort(1)
+    ids = order[:, :visible].sort(1).values if visible else None
+    x = torch.randn(BATCH, count, config.patch_dim, generator=generator)
+    return x, torch.tensor([0, 17, 500, 999]), LABELS if config.classes else None, ids
+
+
+def gradients(model, out, upstream):
+    model.zero_grad()
+    out.backward(upstream.to(out.dtype))
+    return {"output": out.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+CONFIGS = {
+    "plain": ModelConfig(image_size=32, width=64, blocks=5, heads=2),
+    "labelled": ModelConfig(image_size=32, width=64, blocks=5, heads=2, classes=(3, 4), qkv_bias=True, time_mlp=True),
+    "one block": ModelConfig(image_size=8, channels=1, patch=2, width=32, blocks=1, heads=1, mlp_ratio=2.5),
+}
+
+
+@pytest.mark.parametrize("visible", [None, 7])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_the_plain_model_in_fp64(name, visible):
+    config = CONFIGS[name]
+    model = shaken(config).double()
+    plain = plain_twin(model).double()
+    plain.load_state_dict(model.state_dict())
+    x, t, label, ids = inputs(config, visible)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).double()
+    ours = gradients(model, model(x.double(), t, label, ids), upstream)
+    theirs = gradients(plain, plain.forward_visible(x.double(), t, ids, label), upstream)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if key.endswith("qkv.bias"):  # a bias of the keys changes nothing: its gradient is zero but for rounding
+            assert value.chunk(3)[1].abs().max() < 1e-12 * value.abs().max()
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-12 * value.abs().max().item(), msg=key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("visible", [None, 26])
+@pytest.mark.parametrize("name", ["plain", "labelled"])
+def test_error_is_within_that_of_plain_pytorch(name, visible, dtype):
+    """The fp64 rule: at most twice plain PyTorch's error in the same dtype (gradients three times), plus a rounding."""
+    config = CONFIGS[name]
+    model = shaken(config)
+    exact, plain = plain_twin(model).double(), plain_twin(model).to(dtype)
+    cast_products(model, dtype)
+    x, t, label, ids = inputs(config, visible)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    truth = gradients(exact, exact.forward_visible(x.double(), t, ids, label), upstream)
+    ours = gradients(model, model(x, t, label, ids), upstream)
+    theirs = gradients(plain, plain.forward_visible(x.to(dtype), t, ids, label), upstream)
+    assert ours["output"].dtype == torch.float32
+    assert ours["position"].dtype == torch.float32 and ours["head.weight"].dtype == dtype
+    for key, value in truth.items():
+        error, plain_error = ((got[key].double() - value).norm() for got in (ours, theirs))
+        allowed = (2 if key == "output" else 3) * plain_error + torch.finfo(dtype).eps * value.norm()
+        print(f"{key}: error {error:.3g}, plain PyTorch's {plain_error:.3g}")
+        assert error <= allowed, key
+
+
+def explicit(qkv):
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+LENGTHS = [
+    1,
+    2,
+    15,
+    16,
+    17,
+    *range(25, 34),
+    49,
+    63,
+    64,
+    65,
+    66,
+    77,
+    100,
+    127,
+    128,
+    129,
+    130,
+    144,
+    196,
+    *range(255, 259),
+    417,
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_attention(length, dtype, monkeypatch):
+    """By the fp64 rule at every length that matters, with memory poisoned before it is written, and twice alike."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    generator = torch.Generator().manual_seed(length)
+    qkv = torch.randn(2, length, 3, 2, 32, generator=generator).to(dtype)
+    upstream = torch.randn(2, length, 64, generator=generator).to(dtype)
+
+    def both(function, dtype):
+        leaf = qkv.to(dtype).requires_grad_()
+        out = function(leaf)
+        out.backward(upstream.to(dtype))
+        return out.detach(), leaf.grad
+
+    truth, plain, ours = both(explicit, torch.float64), both(explicit, dtype), both(attention, dtype)
+    for factor, exact, theirs, got in zip((2, 3), truth, plain, ours, strict=True):
+        error, plain_error = (got.double() - exact).norm(), (theirs.double() - exact).norm()
+        assert error <= factor * plain_error + torch.finfo(dtype).eps * exact.norm()
+    assert all(torch.equal(a, b) for a, b in zip(ours, both(attention, dtype), strict=True))
+
+
+def test_attention_keeps_no_scores_that_would_fill_the_memory(monkeypatch):
+    def fail(*_):
+        raise AssertionError("explicit products")
+
+    monkeypatch.setattr(layers._ExplicitAttention, "apply", fail)
+    attention(torch.randn(1, 1025, 3, 2, 16))
+    monkeypatch.setattr(layers, "EXPLICIT_SCORES", 4 * 2 * 100**2 - 1)
+    attention(torch.randn(4, 100, 3, 2, 16))
+    with pytest.raises(AssertionError):
+        attention(torch.randn(3, 100, 3, 2, 16))
+
+
+def test_skip_linear_writes_all_of_its_weight_gradient(monkeypatch):
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 8).double()
+    x, skip = torch.randn(2, 5, 8, dtype=torch.float64).requires_grad_().unbind(0)
+    layers.skip_linear(x, skip, linear).square().sum().backward()
+    got = linear.weight.grad.clone()
+    linear.weight.grad = None
+    F.linear(torch.cat([x, skip], 1), linear.weight, linear.bias).square().sum().backward()
+    torch.testing.assert_close(got, linear.weight.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_masked_with_all_patches_is_dense():
+    config = CONFIGS["plain"]
+    model = shaken(config)
+    images = torch.randn(BATCH, 3, 32, 32)
+    t = torch.tensor([3, 40, 500, 999])
+    everything = torch.arange(config.patches, dtype=torch.int32).expand(BATCH, -1)
+    whole = model.predict(images, t)
+    torch.testing.assert_close(model.predict(images, t, keep_ids=everything), patchify(whole, 4), rtol=1e-5, atol=1e-5)
+
+
+def test_predict_sees_nothing_of_hidden_patches_and_its_patches_in_any_order():
+    config = CONFIGS["plain"]
+    model = shaken(config)
+    images, t = torch.randn(BATCH, 3, 32, 32), torch.full((BATCH,), 300)
+    ids = torch.rand(BATCH, config.patches).argsort(1)[:, :9]
+    seen = torch.zeros(BATCH, config.patches, 1).scatter(1, ids[..., None], 1.0).expand(-1, -1, config.patch_dim)
+    other = torch.where(unpatchify(seen, 4, config.grid) > 0, images, torch.randn_like(images))
+    out = model.predict(images, t, keep_ids=ids)
+    assert torch.equal(model.predict(other, t, keep_ids=ids), out)
+    torch.testing.assert_close(model.predict(images, t, keep_ids=ids.flip(1)), out.flip(1), rtol=1e-5, atol=1e-5)
+
+
+def test_patchify_puts_values_in_the_order_row_column_channel():
+    images = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
+    patches = patchify(images, 2)
+    assert patches.shape == (2, 6, 12)
+    for b, down, across, row, column, channel in torch.cartesian_prod(*map(torch.arange, (2, 2, 3, 2, 2, 3))).tolist():
+        pixel = images[b, channel, 2 * down + row, 2 * across + column]
+        assert patches[b, 3 * down + across, (row * 2 + column) * 3 + channel] == pixel
+    assert torch.equal(unpatchify(patches, 2, (2, 3)), images)
+
+
+def test_labels_add_up_and_missing_ones_add_nothing():
+    model = shaken(CONFIGS["labelled"])
+    table = model.label_table
+    embedded = model.embed_label(LABELS, BATCH)
+    expected = [table[0] + table[3 + 1], table[3 + 3], model.unconditional, table[2]]
+    torch.testing.assert_close(embedded, torch.stack(expected))
+    x, t, _, _ = inputs(model.config, None)
+    nothing = torch.full((BATCH, 2), -1)
+    assert torch.equal(model(x, t, nothing), model(x, t))
+    assert not torch.allclose(model(x, t, LABELS), model(x, t))
+
+
+def test_one_attribute_takes_labels_without_a_second_dimension():
+    model = shaken(ModelConfig(width=32, blocks=1, heads=1, classes=(5,)))
+    images, t, label = torch.randn(2, 3, 32, 32), torch.tensor([1, 2]), torch.tensor([4, -1], dtype=torch.int32)
+    assert torch.equal(model.predict(images, t, label), model.predict(images, t, label[:, None]))
+
+
+def test_timesteps_need_not_be_integers():
+    model = shaken(CONFIGS["plain"])
+    x, t, _, _ = inputs(model.config, None)
+    assert torch.equal(model(x, t.float()), model(x, t))
+    assert not torch.equal(model(x, t + 0.5), model(x, t))
+
+
+def test_gradients_are_the_same_every_time():
+    """Exact resume needs it: the backward of table[ids] is not, with several threads."""
+    config = CONFIGS["labelled"]
+    model = shaken(config)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(64, config.patches, generator=generator).argsort(1)[:, :16]
+    x, t = torch.randn(64, 16, config.patch_dim, generator=generator), torch.arange(64)
+    label = LABELS.repeat(16, 1)
+    runs = [gradients(model, model(x, t, label, ids), torch.ones_like(x)) for _ in range(3)]
+    for key, value in runs[0].items():
+        assert all(torch.equal(run[key], value) for run in runs[1:]), key
+
+
+def test_compiles_as_one_graph():
+    model = shaken(dataclasses.replace(CONFIGS["labelled"], blocks=3))
+    cast_products(model, torch.bfloat16)
+    x, t, label, ids = inputs(model.config, 26)
+    eager = gradients(model, model(x, t, label, ids), torch.ones_like(x))
+    model.zero_grad(set_to_none=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = gradients(model, compiled(x, t, label, ids), torch.ones_like(x))
+    for key, value in eager.items():
+        assert (got[key].float() - value.float()).norm() <= 2e-2 * value.norm(), key
+
+
+@pytest.mark.parametrize("size, image, millions", [("small", 64, 44.29), ("small", 256, 46.26), ("base", 256, 102.4)])
+def test_sizes_are_the_published_ones(size, image, millions):
+    with torch.device("meta"):
+        model = UViT(ModelConfig(image_size=image, **SIZES[size]))
+    digits = len(str(millions).split(".")[1])
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, digits) == millions
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_can_be_made(name):
+    with torch.device("meta"):
+        config = UViT(ModelConfig(**SIZES[name])).config
+    assert config.width // config.heads in (32, 64)
+
+
+def test_authors_start():
+    torch.manual_seed(0)
+    model = UViT(ModelConfig(image_size=64, width=256, blocks=3, heads=4, classes=(1000,), init="authors"))
+    for name, parameter in model.named_parameters():
+        if name == "label_table":
+            assert parameter.std().item() == pytest.approx(1.0, rel=0.02)
+        elif name.endswith("bias"):
+            assert not parameter.any()
+        elif "norm" in name:
+            assert (parameter == 1).all()
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.15 if parameter.dim() == 1 else 0.03), name
+
+
+def test_fan_in_start_keeps_the_variance_and_quiets_residual_branches():
+    torch.manual_seed(0)
+    model = UViT(ModelConfig(image_size=64, width=256, blocks=3, heads=4))
+    for name, factor in [("blocks.1.qkv", 1), ("blocks.2.skip", 1), ("blocks.0.proj", 0.3), ("head", 0.1)]:
+        linear = model.get_submodule(name)
+        assert linear.weight.std().item() == pytest.approx(factor * linear.in_features**-0.5, rel=0.03), name
+    fc1, fc2 = model.blocks[0].fc1, model.blocks[0].fc2
+    assert fc1.weight.std().item() == pytest.approx(256**-0.5, rel=0.03)
+    assert fc2.weight.std().item() == pytest.approx(0.3 * 1024**-0.5, rel=0.03)
+    position = model.position[1:].view(16, 16, 256)
+    assert torch.equal(position[3, :, :128], position[3, :1, :128].expand(16, -1))  # the row, whatever the column
+    assert torch.equal(position[:, 5, 128:], position[:1, 5, 128:].expand(16, -1))
+    flat = position.view(256, 256)
+    assert (torch.cdist(flat, flat) + 9 * torch.eye(256)).min() > 0.5  # no two patches alike
+
+
+def test_starting_on_another_device_leaves_the_label_rows_usable():
+    config = CONFIGS["labelled"]
+    with torch.device("meta"):
+        model = UViT(config)
+    model.load_state_dict(copy.deepcopy(shaken(config).state_dict()), assign=True)
+    assert model.label_first.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"image_size": 30}, "choose a patch size that divides 30"),
+        ({"blocks": 4}, "must be odd"),
+        ({"width": 100, "heads": 3}, "divisible by 4 and by heads = 3"),
+        ({"width": 66, "heads": 1}, "divisible by 4"),
+        ({"heads": 0}, "model.heads must be at least 1"),
+        ({"init": "xavier"}, "'fan-in' or 'authors'"),
+        ({"classes": (3, 0)}, "at least one value"),
+    ],
+)
+def test_shapes_that_do_not_fit(settings, words):
+    with pytest.raises(UserError, match=words):
+        ModelConfig(**settings)
+
+
+def test_wrong_inputs_are_named():
+    model = UViT(CONFIGS["plain"])
+    x, t, _, _ = inputs(model.config, None)
+    with pytest.raises(UserError, match="without labels"):
+        model(x, t, LABELS)
+    with pytest.raises(ValueError, match="pass keep_ids"):
+        model(x[:, :5], t)
+    with pytest.raises(ValueError, match=r"x_t must be \[B, 3, 32, 32\]"):
+        model.predict(torch.randn(1, 3, 16, 16), t[:1])
+    with pytest.raises(ValueError, match=r"labels must be \[B, 2\]"):
+        UViT(CONFIGS["labelled"])(x, t, LABELS[:, :1])
