@@ -1,4 +1,4 @@
-"""The package as a user gets it: source archive, wheel, installed, used from anywhere; and libraries that do not fit."""
+"""The package as a user gets it: source archive, wheel, installation; and libraries that do not fit."""
 
 import importlib.util
 import os

@@ -163,14 +163,13 @@ class Checks:
 
     def scans(self) -> None:
         """Shuffles, shared memory and barriers together."""
-        for blocks, threads in ((1, 32), (5, 128), (2, 1024)):
-            values = self.random.integers(0, 2**20, (blocks, threads), dtype=np.uint32)
+        for down, across, threads in ((1, 1, 32), (3, 2, 128), (1, 2, 1024)):
+            values = self.random.integers(0, 2**20, (down, across, threads), dtype=np.uint32)
             source, out = self.memory.put(values), self.memory.put(np.zeros_like(values))
-            self.call("wrapper_scan", source, out, blocks, threads)
-            np.testing.assert_array_equal(
-                self.memory.take(out, values.shape, np.uint32), values.cumsum(1, dtype=np.uint32)
-            )
+            self.call("wrapper_scan", source, out, across, down, threads)
+            got = self.memory.take(out, values.shape, np.uint32)
             self.memory.take(source, values.shape, np.uint32)
+            np.testing.assert_array_equal(got, values.cumsum(-1, dtype=np.uint32))
 
 
 def _table(row: Place, column: Place, elements: int) -> tuple[np.ndarray, np.ndarray]:

@@ -80,11 +80,12 @@ KERNEL(128) convert(const float* x, uint32_t* y, int n) {
   y[2 * n + i] = pack_fp16(x[i], -x[i]);
 }
 
-// in [blocks, threads]; out [blocks, threads]: the sum over the block up to and with each thread. All of the block's
-// tools at once: warp scans by shuffles, their totals through shared memory.
+// in, out [down, across, threads]: the sum over the block up to and with each thread. Warp scans by shuffles, their totals
+// through shared memory.
 KERNEL(1024) scan(const uint32_t* in, uint32_t* out) {
   SHARED(uint32_t, totals, 32);
-  unsigned t = thread_x(), lane = t % 32, warp = t / 32, at = block_x() * threads() + t;
+  unsigned t = thread_x(), lane = t % 32, warp = t / 32;
+  unsigned at = (block_y() * blocks_x() + block_x()) * threads() + t;
   uint32_t sum = in[at];
   for (unsigned d = 1; d < 32; d *= 2) {
     uint32_t other = shuffle_up(sum, d);
@@ -116,8 +117,9 @@ ENTRY int wrapper_copy_ahead(const uint32_t* in, const int* valid, int blocks, i
 ENTRY int wrapper_convert(const float* x, uint32_t* y, int n, void* stream) {
   return launch(convert, {static_cast<unsigned>((n + 127) / 128)}, 128, 0, stream, x, y, n);
 }
-ENTRY int wrapper_scan(const uint32_t* in, uint32_t* out, int blocks, int threads, void* stream) {
-  return launch(scan, {static_cast<unsigned>(blocks)}, static_cast<unsigned>(threads), 0, stream, in, out);
+ENTRY int wrapper_scan(const uint32_t* in, uint32_t* out, int across, int down, int threads, void* stream) {
+  return launch(scan, {static_cast<unsigned>(across), static_cast<unsigned>(down)}, static_cast<unsigned>(threads), 0,
+                stream, in, out);
 }
 ENTRY const char* wrapper_error(int code) { return cuda_error_text(code); }
 #if MASKDIFF_EMULATED
