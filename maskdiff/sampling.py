@@ -43,7 +43,7 @@ def sample(
         seed: image i depends on (seed, i) alone, to rounding: not on count or batch.
         batch: images at a time.
         device: where to; the model is moved there. None: where it is.
-        progress: shows a progress bar.
+        progress: shows a progress bar, where there is a terminal.
 
     Raises UserError for labels or guidance that the model does not take, and for step counts beyond T.
     """
@@ -62,7 +62,9 @@ def sample(
     if progress:
         from tqdm import tqdm
 
-        bar = tqdm(total=math.ceil(count / batch) * len(scheduler.timesteps), desc="sampling", unit="step")
+        bar = tqdm(
+            total=math.ceil(count / batch) * len(scheduler.timesteps), desc="sampling", unit="step", disable=None
+        )
     images = []
     for ids in torch.arange(count).split(batch):
         generators = _generators(seed, ids)

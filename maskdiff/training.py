@@ -116,6 +116,7 @@ class _Training:
         self.stopped_by: signal.Signals | None = None
         self.plans: dict[int, StagePlan] = {}
         self.packed_hash = packed.hash
+        self.names = {"label_names": packed.label_names, "class_names": packed.class_names}
         if resume:
             self._resume()
         else:
@@ -170,6 +171,7 @@ class _Training:
             "skips_in_a_row": self.skips_in_a_row,
             "environment": self._environment(),
             "config": config_to_dict(self.config),
+            **self.names,  # of the labels, for `maskdiff.sample --labels`
         }
         checkpoint.save(self.path, self.state.step, self.state.tensors(), meta, self.config.keep_checkpoints)
 
