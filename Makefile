@@ -13,13 +13,17 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
+# Tools that pip brought for lack of them on the machine: cmake, ninja.
+train test build: export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.NOTPARALLEL:
 .PHONY: help train test mutants build lint types clean
 
 help:
 	@sed -n '2,5s/^#   //p' Makefile
 
 # A run folder is never overwritten: if $(OUT) is there, the next free numbered one is taken.
-train: .venv/.installed
+train: build
 	@out="$(OUT)"; n=2; while [ -e "$$out" ]; do out="$(OUT)-$$n"; n=$$((n + 1)); done; \
 	$(BIN)/python -m maskdiff.train --out "$$out" $(TRAIN); \
 	$(BIN)/python -m maskdiff.sample "$$out" --out "$$out/samples.png"; \
@@ -32,7 +36,7 @@ mutants: .venv/.installed-test
 	$(BIN)/python tests/mutants.py
 
 build: .venv/.installed
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_kernels --inplace
+	@$(BIN)/python setup.py --quiet build_kernels --inplace
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check
@@ -61,10 +65,10 @@ types: .venv/.installed-test
 	$(PIP) install -e .
 	@touch $@
 
-.venv/.installed-test: .venv/.installed
-	@echo "== installing the test tools"
-	$(PIP) install -q -e '.[test]'
-	@touch $@
+.venv/.installed-test: .venv/.torch pyproject.toml setup.py CMakeLists.txt
+	@echo "== installing maskdiff, what it needs and the test tools, building its kernels"
+	$(PIP) install -e '.[test]'
+	@touch .venv/.installed $@
 
 clean:
 	rm -rf build dist *.egg-info kernels/lib .venv

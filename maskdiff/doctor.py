@@ -60,7 +60,7 @@ def _kernels() -> Iterator[str]:
         )
     )
     for op in sorted(folder.parent.name for folder in Path(maskdiff_kernels.__file__).parent.glob("ops/*/op.py")):
-        yield from _try(lambda op=op: f"{op}: {dispatch.choice(op, 'cpu')} runs on CPU tensors")
+        yield from _try(lambda op: f"{op}: {dispatch.choice(op, 'cpu')} runs on CPU tensors", op)
         for name, (able, reason) in maskdiff_kernels.backends(op).items():
             yield f"  {name:10} {'can run' if able else 'cannot'}: {reason}"
 
@@ -90,9 +90,9 @@ def _environment() -> Iterator[str]:
         yield f"{name}={os.environ[name]}" if name in os.environ else f"{name} not set"
 
 
-def _try(line: Callable[[], str]) -> Iterator[str]:
+def _try(line: Callable[..., str], *arguments: str) -> Iterator[str]:
     try:
-        yield line()
+        yield line(*arguments)
     except Exception as error:  # noqa: BLE001
         yield f"PROBLEM: {error}"
 
