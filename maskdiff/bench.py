@@ -1,4 +1,4 @@
-"""`python -m maskdiff.bench`: what a training step costs per mask rate, against the best dense step and plain PyTorch."""
+"""`python -m maskdiff.bench`: what a training step costs per mask rate, beside the best dense step and plain PyTorch."""
 
 import argparse
 import gc
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from maskdiff_kernels import Mask, Store
 

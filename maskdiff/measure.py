@@ -1,4 +1,4 @@
-"""Timing that can be trusted on a busy machine: interleaved runs, quantiles, and the machine's own rates beside them."""
+"""Timing that can be trusted on a busy machine: interleaved runs, quantiles, and the machine's own rates."""
 
 import ctypes
 import platform
@@ -57,7 +57,7 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device, tokens: int, width: int) -> tuple[Callable, float]:
-    """A product as a model of this width makes it, (tokens, D) x (D, 4 D), and its FLOPs: the matrix rate's yardstick."""
+    """A product as in a model of this width, (tokens, D) x (D, 4 D), and its FLOPs: the matrix rate's yardstick."""
     left, right = (torch.randn(*shape, device=device).to(dtype) for shape in ((tokens, width), (width, 4 * width)))
     out = left @ right
     return lambda: torch.mm(left, right, out=out), 2.0 * tokens * width * 4 * width

@@ -11,7 +11,6 @@ from maskdiff_kernels import Batch, Mask, Store, denoising_loss, draw_batch, noi
 from .model import UViT
 from .optim import FlatState, Hyper, adamw_ema
 
-
 Mark = Callable[[str], None]  # told the name of each part of a step when the part ends: how a step is timed by part
 
 

@@ -317,10 +317,10 @@ class _Training:
         )
         if self.skips_in_a_row >= MAX_SKIPS:
             kept = checkpoint.listing(self.path)
+            last = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
             raise UserError(
-                f"step {step}: {MAX_SKIPS} steps in a row had gradients that are not finite; lower lr, set a clip (c1.0) "
-                f"or a longer warm-up; "
-                + (f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet")
+                f"step {step}: {MAX_SKIPS} steps in a row had gradients that are not finite; "
+                f"lower lr, set a clip (c1.0) or a longer warm-up; {last}"
             )
 
     # ---- looking at the model

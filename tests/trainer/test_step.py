@@ -1,4 +1,4 @@
-"""The training step against an independent plain U-ViT on references, step by step, by the fp64 rule; and no waiting."""
+"""The training step against an independent plain U-ViT on references, step by step; and no waiting."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_every_step_obeys_the_fp64_rule_in_bf16(mask):
 
 
 def check_steps(mask, target, min_snr, dtype):
-    """Trains with kernels; before each step the plain model is reset to the same weights, and the gradients compared."""
+    """Trains with kernels; before each step the plain model takes the same weights, and the gradients are compared."""
     state, source, objective = setup(target, dtype, min_snr)
     mask = masking.resolve(masking.parse_mask(mask), MODEL.grid, BATCH)
     unit = torch.finfo(dtype).eps

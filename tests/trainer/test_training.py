@@ -86,7 +86,12 @@ def test_resume_is_bit_for_bit(unbroken, tmp_path, stop):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-COMMAND = "import sys; from maskdiff import training; from maskdiff.config import resolve; training.run(resolve(sys.argv[1:]))"
+COMMAND = """
+import sys
+from maskdiff import training
+from maskdiff.config import resolve
+training.run(resolve(sys.argv[1:]))
+"""
 
 
 def start(config, *more, wait_for_step, env=None):
