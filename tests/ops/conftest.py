@@ -65,6 +65,23 @@ def make_batch() -> Callable[..., mk.Batch]:
 
 
 @pytest.fixture
+def one_sample() -> Callable[[mk.Batch, int], mk.Batch]:
+    """Sample b of a ragged batch, as a batch of its own of equal lengths."""
+
+    def cut(batch: mk.Batch, b: int) -> mk.Batch:
+        assert batch.cu_patches is not None
+        begin, end = batch.cu_patches[b : b + 2]
+        per_sample = ("n", "image_ids", "flip", "timestep", "drop_label")
+        return mk.Batch(
+            **{name: getattr(batch, name)[b : b + 1] for name in per_sample},
+            keep_ids=batch.keep_ids[None, begin:end],
+            cu_patches=None,
+        )
+
+    return cut
+
+
+@pytest.fixture
 def alpha_sigma() -> Tensor:  # [T, 2]
     angle = torch.linspace(0.01, 1.5, TIMESTEPS)
     return torch.stack((angle.cos(), angle.sin()), dim=1)

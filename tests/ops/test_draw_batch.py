@@ -135,7 +135,7 @@ def test_depends_on_seed_and_number_alone(implementation, seed, mask):
 
 
 def test_order_is_a_permutation_in_every_epoch(level, seed):
-    for images in (*range(1, 130), 255, 256, 257, 1000, 4095, 4097):
+    for images in (*range(1, 40), 63, 64, 65, 99, 100, 101, 255, 256, 257, 1000, 4095, 4097):
         n = torch.arange(3 * images)
         ids = mk.draw_batch(seed, n, images, (1, 1), mk.Mask("dense"), backend="cpp").image_ids.view(3, images)
         assert torch.equal(ids.sort(dim=1).values, torch.arange(images).expand(3, images)), images

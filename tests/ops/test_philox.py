@@ -47,10 +47,10 @@ def test_words_of_each_purpose(purpose, seed):
     assert tuple(elements[12:].tolist()) == PURPOSES[purpose][:3]  # element e is lane e % 4 of block e // 4
 
 
-def words_of_all_tails() -> torch.Tensor:  # [2^21, 4]
+def words_of_all_tails() -> torch.Tensor:  # [2^19, 4]
     """Random words, and the extremes of both halves: u1 at its ends, angles at and beside every eighth of a turn."""
     generator = torch.Generator().manual_seed(3)
-    word = torch.randint(0, 2**32, (2**21, 4), generator=generator)
+    word = torch.randint(0, 2**32, (2**19, 4), generator=generator)
     edges = torch.tensor([eighth * 2**21 + step for eighth in range(8) for step in (-1, 0, 1)]) % 2**24
     ends = torch.tensor([0, 1, 2, 2**23, 2**24 - 3, 2**24 - 2, 2**24 - 1])
     pairs = torch.cartesian_prod(ends, edges) << 8

@@ -26,7 +26,7 @@ def clean(samples: Samples, compute: torch.dtype) -> Tensor:  # [M, P*P*C]
     if samples.slots is not None:
         row = samples.slots.to(torch.int64)
     pixels = samples.patches[samples.image_ids[sample], row]
-    mirrored = pixels.view(len(pixels), samples.patch, samples.patch, -1).flip(2).flatten(1)
+    mirrored = pixels.unflatten(1, (samples.patch, samples.patch, -1)).flip(2).flatten(1)
     return torch.where(flip[:, None], mirrored, pixels).to(compute) * (2 / 255) - 1
 
 
