@@ -1,4 +1,4 @@
-"""`python -m maskdiff.bench`: what a training step costs per mask rate, beside the best dense step and plain PyTorch."""
+"""`python -m maskdiff.bench`: what a training step costs per mask rate, beside the best dense step and PyTorch."""
 
 import argparse
 import gc
