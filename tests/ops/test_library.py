@@ -1,0 +1,234 @@
+"""The compiled library: its interface, its instruction sets, and what is said when it is missing or stale."""
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import maskdiff_kernels as mk
+from maskdiff_kernels import dispatch, library
+from maskdiff_kernels.ops import structs
+
+HEADER = Path(library.__file__).resolve().parent.parent / "csrc" / "maskdiff_kernels.h"
+OPS = ("draw_batch", "noisy_patches", "denoising_loss")
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Loads and chooses anew, before and after the test."""
+    for cache in (library.cpu, dispatch._choice):
+        cache.cache_clear()
+    yield
+    for cache in (library.cpu, dispatch._choice):
+        cache.cache_clear()
+
+
+def draw(backend: str = "auto") -> mk.Batch:
+    return mk.draw_batch(torch.tensor([1]), torch.arange(4), 3, (4, 4), mk.Mask("patch", counts=(5,)), backend=backend)
+
+
+# ---- the interface ----
+
+
+@pytest.mark.parametrize(("name", "struct"), [("draw", structs.DrawStruct), ("samples", structs.SamplesStruct)])
+def test_structs_are_those_of_the_header(name, struct):
+    text = re.sub(r"//.*", "", HEADER.read_text())
+    body = re.search(r"typedef struct \{([^}]*)\} maskdiff_" + name + ";", text)
+    declared = re.findall(r"(\w[\w ]*?)(\*?) (\w+);", body[1])
+    assert [field for _, _, field in declared] == [field for field, _ in struct._fields_]
+    for (kind, star, field), (_, ctype) in zip(declared, struct._fields_, strict=True):
+        assert ctype is (ctypes.c_void_p if star else ctypes.c_int64), field
+        assert star or kind == "int64_t", field
+
+
+def test_codes_are_those_of_the_header():
+    codes = {name: int(value) for name, value in re.findall(r"MASKDIFF_(\w+) = (\d+)", HEADER.read_text())}
+    for name in ("OK", "BAD_RANGE", "NO_MEMORY", "BAD_OPTION"):
+        assert codes.pop(name) == getattr(structs, name)
+    dtypes = {str(dtype).removeprefix("torch.").upper(): code for dtype, code in structs.DTYPES.items()}
+    named = {key.upper(): code for table in (structs.MASKS, structs.TARGETS) for key, code in table.items()}
+    assert codes == dtypes | named
+    assert int(re.search(r"MASKDIFF_ABI (\d+)", HEADER.read_text())[1]) == library.ABI
+
+
+def symbols(*options: str) -> list[tuple[str, str]]:
+    """Kind and name of each symbol of the library."""
+    path = library.LIBRARIES / "libmaskdiff_cpu.so"
+    output = subprocess.run(["nm", "-C", *options, path], check=True, capture_output=True, text=True).stdout
+    return re.findall(r"^[0-9a-f ]{16} (\w) (.*)$", output, re.M)
+
+
+def test_nothing_is_shared_between_instruction_sets():
+    """A weak symbol would be merged by the linker: old processors could get the AVX-512 copy."""
+    defined = [(kind, name) for kind, name in symbols() if kind not in "Uw"]
+    assert not [name for kind, name in defined if kind in "WVu"]
+    expected = library.LEVELS if platform.machine() == "x86_64" else ("baseline",)
+    for level in expected:
+        for op in OPS:
+            assert [name for _, name in defined if name.startswith(f"maskdiff::{level}::{op}(")], (level, op)
+
+
+def test_only_the_interface_is_exported():
+    exported = {name for kind, name in symbols("-D") if kind == "T"}
+    declared = set(re.findall(r"^MASKDIFF_API .*?(maskdiff_\w+)\(", HEADER.read_text(), re.M))
+    assert exported == {name for name in declared if not name.startswith("maskdiff_cuda_")}
+
+
+def test_loading_leaves_subnormals_alone():
+    library.cpu()
+    assert torch.tensor([1e-40]).mul(0.5).item() > 0
+
+
+# ---- levels ----
+
+
+def test_levels():
+    levels = library.cpu_levels()
+    assert levels == library.LEVELS[: len(levels)] and mk.cpu_level() == levels[-1] or os.environ["MASKDIFF_CPU_ISA"]
+    before = mk.cpu_level()
+    for name in levels:
+        with library.use_cpu_level(name):
+            assert mk.cpu_level() == name
+    assert mk.cpu_level() == before
+    with pytest.raises(ValueError, match="^name: got 'sse9', takes one of baseline"), library.use_cpu_level("sse9"):
+        pass
+    assert library.cpu().maskdiff_cpu_set_level(len(library.LEVELS)) == structs.BAD_OPTION
+
+
+@pytest.mark.usefixtures("fresh")
+def test_unknown_level_in_the_environment(monkeypatch):
+    monkeypatch.setenv("MASKDIFF_CPU_ISA", "avx1024")
+    with pytest.raises(ValueError, match="^MASKDIFF_CPU_ISA: got 'avx1024', takes one of baseline"):
+        draw("cpp")
+
+
+PROGRAM = """
+import hashlib, json, sys, torch
+import maskdiff_kernels as mk
+heavy = {"torchmetrics", "diffusers", "sklearn", "tyro", "matplotlib", "scipy", "triton", "maskdiff"} & set(sys.modules)
+seed, store = torch.tensor([3]), mk.Store(torch.arange(7 * 256 * 48).view(7, 256, 48).byte(), (16, 16), 4)
+digests = []
+for counts in ((100,), (1, 256, 30, 9)):
+    batch = mk.draw_batch(seed, torch.arange(8), 7, (16, 16), mk.Mask("patch", counts=counts), 50, flip=0.5)
+    table = torch.linspace(0, 1, 100).view(50, 2)
+    x = mk.noisy_patches(store, batch, table, seed, torch.bfloat16).requires_grad_()
+    mean, per_sample = mk.denoising_loss(x, store, batch, table, seed, "v")
+    mean.backward()
+    for value in (batch.keep_ids, batch.image_ids, x.detach(), per_sample.detach(), x.grad):
+        digests.append(hashlib.sha256(value.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest())
+digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+result = {"level": mk.cpu_level(), "heavy": sorted(heavy), "digest": digest}
+"""
+
+
+def test_another_process_gives_the_same_bits():
+    """At the lowest instruction set, in one thread, with memory that malloc has filled with rubbish."""
+    here: dict = {}
+    exec(PROGRAM, here)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "MASKDIFF_CPU_ISA": "baseline",
+        "MALLOC_PERTURB_": "165",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", PROGRAM + "print(json.dumps(result))"]
+    there = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert there == {"level": "baseline", "heavy": [], "digest": here["result"]["digest"]}
+
+
+# ---- missing or stale ----
+
+
+@pytest.mark.usefixtures("fresh")
+def test_missing_library_is_an_error_and_no_reason_to_fall_back(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "LIBRARIES", tmp_path)
+    monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
+    for call in (draw, lambda: draw("cpp"), mk.cpu_level, mk.source_version):
+        with pytest.raises(mk.LibraryError, match=r"missing .*: run `pip install -e \.` .*MASKDIFF_KERNELS=reference"):
+            call()
+    able, reason = mk.backends("draw_batch")["cpp"]
+    assert not able and "missing" in reason
+    monkeypatch.setenv("MASKDIFF_KERNELS", "reference")
+    assert draw().keep_ids.shape == (4, 5)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_stale_library(monkeypatch):
+    built = mk.source_version()
+    library.cpu.cache_clear()
+    monkeypatch.setattr(library, "expected_version", lambda: "0123456789abcdef")
+    with pytest.raises(mk.LibraryError, match=rf"stale .*{built}.*0123456789abcdef.*run `pip install -e \.`"):
+        draw("cpp")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_library_of_another_interface(monkeypatch):
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    with pytest.raises(mk.LibraryError, match=r"stale .*run `pip install -e \.`"):
+        draw("cpp")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_broken_library(monkeypatch, tmp_path):
+    (tmp_path / "libmaskdiff_cpu.so").write_bytes(b"no library at all")
+    monkeypatch.setattr(library, "LIBRARIES", tmp_path)
+    with pytest.raises(mk.LibraryError, match=r"does not load .*run `pip install -e \.`"):
+        draw("cpp")
+
+
+# ---- choice of implementation ----
+
+
+@pytest.mark.usefixtures("fresh")
+def test_choice(monkeypatch):
+    monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
+    for op in OPS:
+        assert dispatch.choice(op, "cpu") == "cpp"
+        assert dispatch.choice(op, "cpu", "reference") == "reference"
+        assert dispatch.choice(op, "meta") == "reference"  # no table, and cpp takes CPU tensors alone
+        with pytest.raises(ValueError, match=rf"^backend: 'cpp' of {op} takes cpu tensors, not meta"):
+            dispatch.choice(op, "meta", "cpp")
+        assert mk.backends(op) == {
+            "cpp": (True, f"C++, {mk.cpu_level()}"),
+            "reference": (True, "plain PyTorch, any device"),
+        }
+    monkeypatch.setenv("MASKDIFF_KERNELS", "reference")
+    assert dispatch.choice("draw_batch", "cpu") == "reference"
+    assert dispatch.choice("draw_batch", "cpu", "cpp") == "cpp"
+    monkeypatch.setenv("MASKDIFF_KERNELS", "fast")
+    with pytest.raises(ValueError, match="^MASKDIFF_KERNELS: got 'fast', draw_batch takes auto or one of cpp, ref"):
+        draw()
+    with pytest.raises(ValueError, match="^op: got 'sum', takes one of draw_batch"):
+        mk.backends("sum")
+
+
+def test_table_names_what_is_there():
+    for table in dispatch._table().values():
+        for op, name in table.items():
+            assert name in mk.backends(op)
+
+
+def test_the_level_may_have_its_own_choice(monkeypatch):
+    monkeypatch.setattr(dispatch, "_table", lambda: {"cpu:baseline": {"draw_batch": "reference"}, "cpu": {}})
+    with library.use_cpu_level("baseline"):
+        assert dispatch._table_choice("draw_batch", torch.device("cpu")) == "reference"
+        assert dispatch._table_choice("noisy_patches", torch.device("cpu")) == "auto"
+
+
+def test_source_version_is_that_of_the_sources():
+    digest = hashlib.sha256()
+    for path in sorted(HEADER.parent.rglob("*"), key=lambda path: path.relative_to(HEADER.parent).as_posix()):
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
+            for part in (path.relative_to(HEADER.parent).as_posix().encode(), path.read_bytes()):
+                digest.update(len(part).to_bytes(8, "little") + part)
+    assert mk.source_version() == digest.hexdigest()[:16]
