@@ -1,0 +1,54 @@
+"""denoising_loss, forward and backward: GB/s, beside its twin and plain PyTorch. See conftest.py.
+
+The bytes are those a pass must move: bytes of the images, prediction and gradient. torch is given the noise and the
+clean patches, which a trainer without recomputation stores: it draws nothing here, and still reads more.
+"""
+
+import pytest
+import torch
+
+import maskdiff_kernels as mk
+
+BATCH, GRID, PATCH, CHANNELS, IMAGES = 64, (16, 16), 4, 3, 512
+SIZE, PATCHES = PATCH * PATCH * CHANNELS, GRID[0] * GRID[1]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VISIBLE = {"whole": 256, "tenth": 26}
+TARGETS = ("eps", "v", "x0")
+CASES = [
+    f"{share}-{dtype}-{target}-{how}"
+    for share in VISIBLE
+    for dtype in DTYPES
+    for target in TARGETS
+    for how in ("cpp", "reference", "torch")
+]
+
+
+def build(case: str):
+    share, name, target, how = case.split("-")
+    dtype, visible = DTYPES[name], VISIBLE[share]
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randint(0, 256, (IMAGES, PATCHES, SIZE), dtype=torch.uint8, generator=generator)
+    store, seed, table = mk.Store(patches, GRID, PATCH), torch.tensor([1]), torch.rand(1000, 2)
+    mask = mk.Mask("patch", counts=(visible,))
+    batch = mk.draw_batch(seed, torch.arange(BATCH), IMAGES, GRID, mask, flip=0.5)
+    prediction = torch.randn(BATCH, visible, SIZE, generator=generator).to(dtype).requires_grad_()
+    x0, eps = mk.noisy_patches(store, batch, None, seed), torch.randn(BATCH, visible, SIZE, generator=generator)
+    alpha, sigma = table[batch.timestep][:, :, None, None].unbind(1)
+
+    def plain():
+        wanted = {"eps": eps, "x0": x0}[target] if target != "v" else alpha * eps - sigma * x0
+        loss = (prediction.float() - wanted).square().flatten(1).mean(1).mean()
+        return torch.autograd.grad(loss, prediction)
+
+    def ours():
+        loss, _ = mk.denoising_loss(prediction, store, batch, table, seed, target, backend=how)
+        return torch.autograd.grad(loss, prediction)
+
+    work = BATCH * visible * SIZE * ((target != "eps") + 2 * dtype.itemsize)
+    return plain if how == "torch" else ours, work, "bytes"
+
+
+@pytest.mark.benchmark(max_time=0.5, min_rounds=5)
+@pytest.mark.parametrize("case", CASES)
+def test_denoising_loss(measure, case):
+    measure(build, case)

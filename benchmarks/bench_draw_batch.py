@@ -1,0 +1,47 @@
+"""draw_batch: images a second, beside its twin and the plain PyTorch that a trainer would use. See conftest.py."""
+
+import pytest
+import torch
+
+import maskdiff_kernels as mk
+
+BATCH, IMAGES = 256, 100_000
+MASKS = {
+    "dense-256": ((16, 16), mk.Mask("dense")),
+    "patch-26-of-256": ((16, 16), mk.Mask("patch", counts=(26,))),
+    "block4-32-of-256": ((16, 16), mk.Mask("block", 4, (32,))),
+    "crop-25-of-256": ((16, 16), mk.Mask("crop", counts=(25,))),
+    "patch-409-of-4096": ((64, 64), mk.Mask("patch", counts=(409,))),
+    "patch-ragged-26-to-128": ((16, 16), mk.Mask("patch", counts=tuple(range(26, 129, 6))[:16])),
+}
+CASES = [f"{mask}-{how}" for mask in MASKS for how in ("cpp", "reference", "torch")]
+
+
+def build(case: str):
+    name, how = case.rsplit("-", 1)
+    grid, mask = MASKS[name]
+    seed, n = torch.tensor([1]), torch.arange(BATCH)
+    if how == "torch":
+        return lambda: plain(grid, mask), BATCH, "images"
+    return (
+        lambda: mk.draw_batch(seed, n, IMAGES, grid, mask, flip=0.5, label_dropout=0.1, backend=how),
+        BATCH,
+        "images",
+    )
+
+
+def plain(grid: tuple[int, int], mask: mk.Mask):
+    """The usual way, with a generator's state: argsort of noise, for masks of one length."""
+    size = mask.size if mask.kind == "block" else 1
+    places = grid[0] * grid[1] // size**2
+    shown = max(mask.counts or (places,)) // size**2
+    kept = torch.rand(BATCH, places).argsort(1)[:, :shown].sort(1).values
+    image_ids = torch.randint(0, IMAGES, (BATCH,))
+    timestep = torch.randint(0, 1000, (BATCH,))
+    return image_ids, kept, timestep, torch.rand(BATCH) < 0.5, torch.rand(BATCH) < 0.1
+
+
+@pytest.mark.benchmark(max_time=0.5, min_rounds=5)
+@pytest.mark.parametrize("case", CASES)
+def test_draw_batch(measure, case):
+    measure(build, case)
