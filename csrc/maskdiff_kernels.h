@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MASKDIFF_ABI 1
+#define MASKDIFF_ABI 2
 
 #if defined(__GNUC__)
 #define MASKDIFF_API __attribute__((visibility("default")))
@@ -30,6 +30,8 @@ enum maskdiff_error {
 
 enum maskdiff_dtype { MASKDIFF_FLOAT32 = 0, MASKDIFF_BFLOAT16 = 1, MASKDIFF_FLOAT16 = 2 };
 enum maskdiff_target { MASKDIFF_EPS = 0, MASKDIFF_X0 = 1, MASKDIFF_V = 2 };
+// How bfloat16 is multiplied: as the processor does it best; widened to float; by pairs, emulated where need be (for tests).
+enum maskdiff_products { MASKDIFF_BEST = 0, MASKDIFF_WIDENED = 1, MASKDIFF_PAIRS = 2 };
 enum maskdiff_mask { MASKDIFF_DENSE = 0, MASKDIFF_PATCH = 1, MASKDIFF_BLOCK = 2, MASKDIFF_CROP = 3 };
 
 // What draw_batch reads and writes. Lengths are ragged where group > 1: each `group` consecutive samples share `counts` out.
@@ -81,6 +83,23 @@ typedef struct {
   int64_t timesteps;           // T
 } maskdiff_samples;
 
+// What attention reads: S sequences one after another, T tokens in all, H heads of width d. Strides are in elements.
+typedef struct {
+  const void* qkv;            // [S, L, 3, H, d], or [T, 3, H, d] with cu_seqlens, of `dtype`; d numbers stand together
+  const int32_t* cu_seqlens;  // [S + 1] from 0 to T, or NULL: equal lengths
+  int64_t sequences;          // S
+  int64_t length;             // L; with cu_seqlens the most tokens that a sequence may have
+  int64_t tokens;             // T
+  int64_t heads;              // H
+  int64_t width;              // d: 32, 64 or 128
+  int64_t sequence_stride;    // equal lengths alone
+  int64_t token_stride;
+  int64_t part_stride;        // from q to k to v
+  int64_t head_stride;
+  int64_t dtype;              // maskdiff_dtype
+  int64_t products;           // maskdiff_products
+} maskdiff_attention_input;
+
 // ---- the CPU library. `threads` is the number of OpenMP threads to use; results do not depend on it ----
 
 MASKDIFF_API const char* maskdiff_source_version(void);  // of the sources this library was built from
@@ -127,6 +146,18 @@ MASKDIFF_API const char* maskdiff_cuda_error_text(int code);
 // words modulo 2^32. Errors: BAD_RANGE.
 MASKDIFF_API int maskdiff_cuda_count_words(const int64_t* seed, const int64_t* n, int64_t batch, int purpose,
                                            int64_t blocks, uint32_t* words, uint32_t* sums, int device, void* stream);
+
+// attention as the CPU library's, bf16 and fp16, d = 32 or 64, at most 288 tokens a sequence. Pointers are 16-byte aligned,
+// strides multiples of 8. cu_seqlens is not checked: a sequence that breaks its promise is cut short.
+// Errors: BAD_RANGE, BAD_OPTION, CUDA's own where a block's shared memory exceeds the GPU's.
+MASKDIFF_API int maskdiff_cuda_attention(const maskdiff_attention_input* input, float scale, void* out, float* lse,
+                                         int device, void* stream);
+MASKDIFF_API int maskdiff_cuda_attention_backward(const maskdiff_attention_input* input, float scale, const void* out,
+                                                  const float* lse, const void* grad_out, int64_t grad_sequence_stride,
+                                                  int64_t grad_token_stride, void* grad_qkv, int device, void* stream);
+
+// Shared memory of a block for sequences of at most `length` tokens.
+MASKDIFF_API int64_t maskdiff_cuda_attention_shared_bytes(int64_t width, int64_t length, int backward);
 
 #ifdef __cplusplus
 }

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from maskdiff_kernels.source_version import LIBRARIES, expected_version
 
-ABI = 1  # must equal MASKDIFF_ABI in csrc/maskdiff_kernels.h: changed with any exported function or struct
+ABI = 2  # must equal MASKDIFF_ABI in csrc/maskdiff_kernels.h: changed with any exported function or struct
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")  # in the order of the numbers that the library uses
 
 
@@ -19,27 +19,39 @@ class LibraryError(RuntimeError):
 @functools.cache
 def cpu() -> ctypes.CDLL:
     """The CPU library, checked and set to the instruction set that MASKDIFF_CPU_ISA allows. Raises LibraryError."""
-    path = LIBRARIES / "libmaskdiff_cpu.so"
-    if not path.is_file():
-        raise LibraryError(
-            f"the compiled kernels are missing ({path}): run `pip install -e .` in the repository, "
-            "or set MASKDIFF_KERNELS=reference to use the slow PyTorch implementations"
-        )
-    try:
-        library = ctypes.CDLL(str(path))
-        abi, version = library.maskdiff_abi, library.maskdiff_source_version
-    except (OSError, AttributeError) as error:
-        raise LibraryError(f"{path} does not load ({error}): run `pip install -e .` in the repository") from error
-    version.restype = ctypes.c_char_p
-    built, expected = version().decode(), expected_version()
-    if abi() != ABI or built != expected:
-        raise LibraryError(
-            f"{path} is stale (built from sources {built}, these are {expected}): "
-            "run `pip install -e .` in the repository"
-        )
+    library = _opened("maskdiff_cpu", "maskdiff", "the compiled kernels are missing", "run `pip install -e .`")
     wanted = os.environ.get("MASKDIFF_CPU_ISA")
     if wanted:
         _set_level(library, wanted, "MASKDIFF_CPU_ISA")
+    return library
+
+
+@functools.cache
+def cuda() -> ctypes.CDLL:
+    """The CUDA library, checked. Raises LibraryError."""
+    library = _opened(
+        "maskdiff_cuda", "maskdiff_cuda", "the CUDA kernels were not built", "run `MASKDIFF_CUDA=1 pip install -e .`"
+    )
+    library.maskdiff_cuda_archs.restype = library.maskdiff_cuda_error_text.restype = ctypes.c_char_p
+    return library
+
+
+def _opened(name: str, prefix: str, missing: str, build: str) -> ctypes.CDLL:
+    """A library of kernels/lib, loaded; LibraryError where it is missing, broken or stale."""
+    path = LIBRARIES / f"lib{name}.so"
+    build += " in the repository"
+    if not path.is_file():
+        hint = "or set MASKDIFF_KERNELS=reference to use the slow PyTorch implementations"
+        raise LibraryError(f"{missing} ({path}): {build}, {hint}")
+    try:
+        library = ctypes.CDLL(str(path))
+        abi, version = getattr(library, f"{prefix}_abi"), getattr(library, f"{prefix}_source_version")
+    except (OSError, AttributeError) as error:
+        raise LibraryError(f"{path} does not load ({error}): {build}") from error
+    version.restype = ctypes.c_char_p
+    built, expected = version().decode(), expected_version()
+    if abi() != ABI or built != expected:
+        raise LibraryError(f"{path} is stale (built from sources {built}, these are {expected}): {build}")
     return library
 
 

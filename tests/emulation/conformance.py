@@ -143,10 +143,13 @@ class Checks:
             exact = halves.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
         near += [exact + d for d in (0, 1, 0xFFF, 0x1000, 0x1001)]  # of every fp16
         x = np.concatenate(near).astype(np.uint32).view(np.float32)
-        source, out = self.memory.put(x), self.memory.put(np.zeros((3, len(x)), np.uint32))
+        source, out = self.memory.put(x), self.memory.put(np.zeros((4, len(x)), np.uint32))
         self.call("wrapper_convert", source, out, len(x))
-        power, bf16, fp16 = self.memory.take(out, (3, len(x)), np.uint32)
+        power, bf16, fp16, wide = self.memory.take(out, (4, len(x)), np.uint32)
         self.memory.take(source, x.shape, np.float32)
+        number = exact & 0x7FFFFFFF <= 0x7F800000
+        np.testing.assert_array_equal(wide[: 1 << 16][number], exact[number])
+        assert np.isnan(wide[: 1 << 16][~number].view(np.float32)).all()
         with np.errstate(all="ignore"):
             expected = np.exp2(np.where(np.abs(x) < 2.0**-126, 0, x).astype(np.float64))
             got, ulp = power.view(np.float32).astype(np.float64), expected * 2.0**-22

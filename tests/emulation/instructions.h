@@ -185,6 +185,7 @@ EMULATOR uint32_t pack_fp16(float low, float high) {
   uint32_t l = low != low ? 0x7FFF : ISA::to_float16(low), h = high != high ? 0x7FFF : ISA::to_float16(high);
   return l | h << 16;
 }
+EMULATOR float widen_fp16(uint16_t half) { return ISA::from_float16(half); }
 #undef HERE
 
 } // namespace ptx

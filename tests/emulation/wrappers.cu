@@ -67,17 +67,18 @@ KERNEL(256) copy_ahead(const uint32_t* in, const int* valid, int rounds, uint32_
   copy_wait<0>();
 }
 
-// y [3, n]: 2^x as bits, x and -x packed as bf16, as fp16.
+// y [4, n]: 2^x as bits, x and -x packed as bf16, as fp16; the i-th fp16 widened, as bits.
 KERNEL(128) convert(const float* x, uint32_t* y, int n) {
   unsigned i = block_x() * threads() + thread_x();
   if (i >= static_cast<unsigned>(n)) return;
   union {
     float f;
     uint32_t bits;
-  } power = {exp2_fast(x[i])};
+  } power = {exp2_fast(x[i])}, wide = {widen_fp16(static_cast<uint16_t>(i))};
   y[i] = power.bits;
   y[n + i] = pack_bf16(x[i], -x[i]);
   y[2 * n + i] = pack_fp16(x[i], -x[i]);
+  y[3 * n + i] = wide.bits;
 }
 
 // in, out [down, across, threads]: the sum over the block up to and with each thread. Warp scans by shuffles, their totals
