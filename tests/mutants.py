@@ -1,0 +1,299 @@
+"""`make mutants`: plants small faults one at a time in a copy of the tree; the tests that are named must notice each.
+
+    python tests/mutants.py [--only TEXT] [--list]
+
+A fault that no test notices has survived: exit status 1. So it is where an old text is not found exactly once, or where
+a mutated source does not compile: such a fault proves nothing.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = (
+    "csrc",
+    "kernels",
+    "maskdiff",
+    "tests",
+    "benchmarks",
+    "CMakeLists.txt",
+    "pyproject.toml",
+    "setup.py",
+    "README.md",
+)
+TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them hang is noticed
+
+DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
+PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
+
+
+def trainer(*modules: str) -> tuple[str, ...]:
+    return tuple(f"tests/trainer/test_{module}.py" for module in modules)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted fault."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]  # arguments of pytest
+
+
+# File, tests that must notice, faults (old text, new text).
+PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = (
+    ("csrc/common/philox.h", (DRAW,), (("round < 10", "round < 9"),)),
+    (
+        "csrc/common/normals.h",
+        (NOISY,),
+        (
+            ("y_sign = (quadrant >> 1) << 31", "y_sign = (quadrant & 1) << 31"),
+            ("minus_log_fraction((a >> 8) + 1)", "minus_log_fraction((a >> 8) | 1)"),
+        ),
+    ),
+    ("csrc/common/floats.h", (NOISY,), (("bits + 0x7FFFu + (bits >> 16 & 1)", "bits + 0x8000u"),)),
+    (
+        "csrc/common/patches.h",
+        (NOISY,),
+        (
+            ("(patch - 1 - column)) * channels", "column) * channels"),
+            ("(elements + 3) / 4", "elements / 4"),
+            ("2.0 / 255.0", "2.0 / 256.0"),
+        ),
+    ),
+    (
+        "csrc/cpu/draw_batch.cpp",
+        (DRAW,),
+        (
+            ("round < 8", "round < 6"),
+            ("words[i] < last ||", "words[i] <= last ||"),
+            ("d->grid_across - side + 1", "d->grid_across - side"),
+            ("words[j] < words[i] ||", "words[j] > words[i] ||"),
+            ("element(seed, n, LABEL_DROPOUT, 0)", "element(seed, n, FLIP, 0)"),
+            ("const uint64_t epoch = n / images", "const uint64_t epoch = 0 * n"),
+            ("(uint32_t)(first + i)", "(uint32_t)i"),
+        ),
+    ),
+    ("csrc/cpu/noisy_patches.cpp", (NOISY,), (("+ sigma * run.noise[i]", "- sigma * run.noise[i]"),)),
+    (
+        "csrc/cpu/visible.h",
+        (NOISY,),
+        (
+            ("(uint32_t)s->grid_across, flip)", "(uint32_t)s->grid_across, false)"),
+            ("per_patch + block)", "per_patch)"),
+            ("s->image_ids[b] * s->stride", "s->image_ids[b] * s->rows * elements"),
+            ("offsets[b + 1] < offsets[b]", "offsets[b + 1] <= offsets[b]"),
+        ),
+    ),
+    (
+        "csrc/cpu/denoising_loss.cpp",
+        (LOSS,),
+        (
+            ("alpha * run.noise[i] -", "alpha * run.noise[i] +"),
+            ("sum /= (double)count", "sum /= (double)elements"),
+            ("if (weight) sum *=", "if (weight) sum +="),
+            ("squares[i] = 0.0f;", "squares[i] = 1e3f;"),
+            ("*= factor[b]", "*= factor[0]"),
+            ("all / (double)s->batch", "all"),
+        ),
+    ),
+    (
+        "csrc/cpu/entry.cpp",
+        ("tests/test_library.py", "-k", "libgomp"),
+        (("return MASKDIFF_SOURCE_VERSION;", 'return "0";'),),
+    ),
+    ("kernels/philox.py", ("tests/ops/test_philox.py",), (("n >> 32 & _LOW", "n & _LOW"),)),
+    ("kernels/ops/denoising_loss/op.py", (LOSS,), (("grad_mean / batch + grad_per_sample", "grad_mean / batch"),)),
+    ("kernels/library.py", ("tests/test_install.py", "-k", "foreign or stale"), (("built != expected", "not built"),)),
+    (
+        "maskdiff/masking.py",
+        trainer("masking"),
+        (
+            ("return n - int(rate * n)\n", "return int(n - rate * n)\n"),
+            ("// area * area", "// plan.size * plan.size"),
+            ("(i + 0.5) / group", "i / group"),
+        ),
+    ),
+    (
+        "maskdiff/diffusion.py",
+        trainer("diffusion"),
+        (
+            ("kept[1:] / kept[:-1]", "kept[1:] / kept[0]"),
+            ("return alpha * eps - sigma * x0", "return alpha * eps + sigma * x0"),
+            ('"v": clipped / (snr + 1)', '"v": clipped / snr'),
+        ),
+    ),
+    (
+        "maskdiff/model.py",
+        trainer("model", "pretrained"),
+        (
+            ("skip=index > half", "skip=index >= half"),
+            ("(time + extra_rows[-1])", "(time + extra_rows[0])"),
+            ("F.embedding(keep_ids, patch_rows)", "patch_rows[: keep_ids.shape[1]]"),
+            ("cut.permute(0, 2, 4, 3, 5, 1)", "cut.permute(0, 2, 4, 5, 3, 1)"),
+            ("there.any(1, keepdim=True)", "there.all(1, keepdim=True)"),
+        ),
+    ),
+    (
+        "maskdiff/optim.py",
+        trainer("optim"),
+        (
+            (".clamp_(min=1.0)", ""),
+            ("(1 - ema_decay) * (1 - skipped)", "1 - ema_decay"),
+            ("max=config.ema", "max=1.0"),
+            ("config.weight_decay if decay else 0.0", "config.weight_decay"),
+            ("    state._round()\n    state.step += 1", "    state.step += 1"),
+        ),
+    ),
+    (
+        "maskdiff/step.py",
+        trainer("step", "training"),
+        (
+            ("state.sample += batch\n", "state.sample += 1\n"),
+            (".masked_fill(batch.drop_label[:, None], -1)", ""),
+        ),
+    ),
+    ("maskdiff/stages.py", trainer("stages"), (("(step + 1) / stage.warmup", "step / stage.warmup"),)),
+    (
+        "tests/emulation/instructions.h",
+        ("tests/emulation/test_wrappers.py", "-k", "products or matrices"),
+        (
+            ("a[g + 8 * (i % 2)][c + h + 8 * (i / 2)]", "a[g + 8 * (i / 2)][c + h + 8 * (i % 2)]"),
+            ("transposed ? l / 4 :", "!transposed ? l / 4 :"),
+        ),
+    ),
+    (
+        "tests/emulation/instructions.h",
+        PLAIN_FAULTS,
+        (
+            ("copy.group + open_groups >= f.group", "copy.group + open_groups > f.group"),
+            ("__builtin_memcpy(to, nan, 16);", "(void)nan;"),
+        ),
+    ),
+    (
+        "tests/emulation/emulator.h",
+        PLAIN_FAULTS,
+        (("if (m.arrived && (m.line != line || m.what != what))", "if (m.arrived && m.what != what)"),),
+    ),
+)
+MUTANTS = tuple(Mutant(file, old, new, tests) for file, tests, faults in PLANTED for old, new in faults)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="faults whose file or text contains TEXT")
+    parser.add_argument("--list", action="store_true", help="show the faults and end")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if options.only in m.file or options.only in m.old]
+    if options.list:
+        print("\n".join(describe(mutant) for mutant in chosen))
+        return 0
+    misplaced = [m for m in chosen if (ROOT / m.file).read_text().count(m.old) != 1]
+    for mutant in misplaced:
+        print(f"not found exactly once: {describe(mutant)}")
+    if misplaced:
+        return 1
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        return plant_all(Tree(Path(folder)), chosen)
+
+
+def describe(mutant: Mutant) -> str:
+    first, second = (" ".join(text.split()) or "nothing" for text in (mutant.old, mutant.new))
+    return f"{mutant.file}: {first} -> {second}"
+
+
+class Tree:
+    """A copy of the sources with a build of its own, which imports of the tests find before any other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "tree"
+        self.root.mkdir()
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, self.root / name, ignore=shutil.ignore_patterns("__pycache__", "lib"))
+            else:
+                shutil.copy(source, self.root / name)
+        links = folder / "links"
+        links.mkdir()
+        (links / "maskdiff").symlink_to(self.root / "maskdiff")
+        (links / "maskdiff_kernels").symlink_to(self.root / "kernels")
+        self.environment = os.environ | {
+            "PYTHONPATH": str(links),
+            "PYTHONDONTWRITEBYTECODE": "1",  # a cache may vouch for a mutated file of the same size and second
+            "MASKDIFF_BUILD_DIR": str(folder / "objects"),
+            "MASKDIFF_CUDA": "0",
+        }
+        self.built: dict[Path, bytes] = {}
+
+    def build(self) -> str:
+        """Compiles what changed since the last build; the compiler's words where that fails."""
+        now = {path: path.read_bytes() for path in sorted((self.root / "csrc").rglob("*.*"))}
+        if now == self.built:
+            return ""
+        command = [sys.executable, "setup.py", "--quiet", "build_kernels", "--inplace"]
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
+        self.built = now if done.returncode == 0 else {}
+        return "" if done.returncode == 0 else done.stdout + done.stderr
+
+    def test(self, *arguments: str) -> tuple[bool, str]:
+        """Whether the tests pass, and what they say."""
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *arguments]
+        try:
+            done = subprocess.run(
+                command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT
+            )
+        except subprocess.TimeoutExpired:
+            return False, f"no end within {TIMEOUT} s"
+        if done.returncode not in (0, 1):  # 1: tests failed; all else (a name of no test, say) is a fault of the list
+            raise SystemExit(f"error: {' '.join(command)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.returncode == 0, done.stdout
+
+
+def plant_all(tree: Tree, mutants: list[Mutant]) -> int:
+    print("building the copy, and running the named tests on it as it is", flush=True)
+    if failure := tree.build():
+        print(failure)
+        return 1
+    where = "import maskdiff_kernels as k; print(k.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], env=tree.environment, capture_output=True, text=True).stdout
+    if not Path(found.strip()).resolve().is_relative_to(tree.root.resolve()):
+        print(f"error: the tests would import {found.strip()}, not the copy in {tree.root}")
+        return 1
+    for tests in dict.fromkeys(mutant.tests for mutant in mutants):
+        passed, output = tree.test(*tests)
+        if not passed:
+            print(f"{output}\nerror: {' '.join(tests)} fails without a fault")
+            return 1
+    results = []
+    for number, mutant in enumerate(mutants, 1):
+        start = time.monotonic()
+        results.append(plant(tree, mutant))
+        took = f"{time.monotonic() - start:5.1f} s"
+        print(f"{number:3}/{len(mutants)}  {results[-1]:14}  {took}  {describe(mutant)}", flush=True)
+    print(f"\n{results.count('killed')} of {len(results)} killed, {results.count('SURVIVED')} survived")
+    return 0 if set(results) == {"killed"} else 1
+
+
+def plant(tree: Tree, mutant: Mutant) -> str:
+    path = tree.root / mutant.file
+    sound = path.read_text()
+    path.write_text(sound.replace(mutant.old, mutant.new))
+    try:
+        if tree.build():
+            return "DOES NOT BUILD"
+        return "SURVIVED" if tree.test(*mutant.tests)[0] else "killed"
+    finally:
+        path.write_text(sound)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
