@@ -21,6 +21,7 @@ class DiffusionConfig:
     timesteps: int = 1000  # T
     target: str = "eps"  # "eps" | "x0" | "v"
     min_snr: float | None = None  # gamma of the min-SNR loss weights (5 in the paper); None = unweighted
+    v_loss: float | None = None  # weights the error as a loss on v would, whatever is predicted, up to this on x0's
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -36,8 +37,11 @@ class DiffusionConfig:
             )
         if self.timesteps < 21:  # the linear schedule is scaled by 1000 / T: below, betas would reach 1
             raise UserError(f"diffusion.timesteps must be at least 21, got {self.timesteps}")
-        if self.min_snr is not None and not self.min_snr > 0:
-            raise UserError(f"diffusion.min_snr must be positive, got {self.min_snr}")
+        for name in ("min_snr", "v_loss"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"diffusion.{name} must be positive, got {getattr(self, name)}")
+        if self.min_snr is not None and self.v_loss is not None:
+            raise UserError("diffusion.min_snr and diffusion.v_loss are two ways to weight the loss: set one of them")
 
 
 def schedule_betas(config: DiffusionConfig) -> Tensor:  # [T] float64
@@ -72,7 +76,7 @@ class Diffusion:
         self.betas = schedule_betas(config)
         kept = torch.cumprod(1 - self.betas, 0)
         self.alpha_sigma = torch.stack([kept.sqrt(), (1 - kept).sqrt()], dim=1).float()
-        self.weight = None if config.min_snr is None else _min_snr(kept, config.target, config.min_snr).float()
+        self.weight = _loss_weight(kept, config)
 
     def to(self, device: torch.device | str) -> "Diffusion":
         """Moves what a training step reads; betas stay where they are, on the CPU."""
@@ -126,12 +130,21 @@ class Diffusion:
         return alpha.view(shape), sigma.view(shape)
 
 
-def _min_snr(
+def _loss_weight(
     kept: Tensor,  # [T] float64 alpha-bar
-    target: str,
-    gamma: float,
-) -> Tensor:  # [T] float64
-    """min(SNR, gamma) as a weight on the error of x0, expressed for each target (Hang et al., arXiv 2303.09556)."""
+    config: DiffusionConfig,
+) -> Tensor | None:  # [T] float32
+    """The weight of each timestep: one on the error of x0, expressed for what is predicted.
+
+    min_snr: min(SNR, gamma), Hang et al., arXiv 2303.09556. v_loss: min(SNR + 1, cap). The error of v is 1 / sigma^2 =
+    SNR + 1 times that of x0, and so a model that predicts x0, the easier thing for a narrow one, learns what one that
+    predicts v would (Li and He, arXiv 2511.13720).
+    """
     snr = kept / (1 - kept)
-    clipped = snr.clamp(max=gamma)
-    return {"x0": clipped, "eps": clipped / snr, "v": clipped / (snr + 1)}[target]
+    if config.min_snr is not None:
+        on_x0 = snr.clamp(max=config.min_snr)
+    elif config.v_loss is not None:
+        on_x0 = (snr + 1).clamp(max=config.v_loss)
+    else:
+        return None
+    return {"x0": on_x0, "eps": on_x0 / snr, "v": on_x0 / (snr + 1)}[config.target].float()

@@ -20,12 +20,16 @@ class Preset:
 
 
 def _small(name: str, stages: str, data: DataConfig, model: ModelConfig, guidance: float = 1.0) -> Config:
-    """What all recipes for some minutes on a CPU share: v-prediction, the cosine schedule, an EMA that does not lag."""
+    """What all recipes for some minutes on a CPU share.
+
+    The cosine schedule; a model that predicts x0 under the weights of v's loss (in a minute's training of faces32 a
+    classifier read 0.66 of the labels off its samples, of a v-predicting one's 0.46); an EMA that does not lag.
+    """
     return Config(
         preset=name,
         data=data,
         model=model,
-        diffusion=DiffusionConfig(schedule="cosine", target="v"),
+        diffusion=DiffusionConfig(schedule="cosine", target="x0", v_loss=5.0),
         optim=OptimConfig(betas=(0.9, 0.99), weight_decay=0.01, ema=0.995),
         stages=parse_stages(stages),
         guidance=guidance,
@@ -33,9 +37,9 @@ def _small(name: str, stages: str, data: DataConfig, model: ModelConfig, guidanc
 
 
 # One optimizer step of each stage costs about the same: the batches are to each other as the visible patches are.
-FACES = "patch:0.75 x700 b128 lr2e-3 w50 c1.0 cosine, dense x700 b32 lr2e-3 w50 c1.0 cosine"
-FACES64 = "patch:0.75 x1000 b64 lr2e-3 w100 c1.0 cosine, dense x1000 b16 lr2e-3 w100 c1.0 cosine"
-DIGITS = "patch:0.75 x500 b128 lr2e-3 w50 c1.0 cosine, dense x500 b32 lr2e-3 w50 c1.0 cosine"
+FACES = "patch:0.75 x1000 b64 lr4e-3 w50 c1.0 cosine, dense x2400 b16 lr4e-3 w50 c1.0 cosine"
+FACES64 = "patch:0.75 x2000 b32 lr3e-3 w100 c1.0 cosine, dense x5000 b8 lr3e-3 w100 c1.0 cosine"
+DIGITS = "patch:0.75 x400 b64 lr4e-3 w50 c1.0 cosine, dense x1000 b16 lr4e-3 w50 c1.0 cosine"
 EMOJI = "patch:0.75 x2000 b64 lr2e-3 w100 c1.0 cool0.3, dense x2000 b16 lr2e-3 w100 c1.0 cool0.3 fresh"
 # MaskDM's ablation on CelebA at 64 pixels: two runs of their own, constant rate, no warm-up, no clipping.
 CELEBA = "patch:0.9 x200000 b256 lr2e-4 w0 c0 const, dense x200000 b128 lr2e-4 w0 c0 const fresh"

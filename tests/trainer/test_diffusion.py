@@ -71,9 +71,10 @@ def test_alpha_and_sigma_keep_the_variance(schedule):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_min_snr_weighs_the_error_of_x0_the_same_for_every_target(target):
-    """With an estimate of x0 that is off by d, each target's squared error times its weight is min(SNR, 5) d^2."""
-    diffusion = Diffusion(DiffusionConfig("cosine", target=target, min_snr=5.0))
+@pytest.mark.parametrize("option, plus", [("min_snr", 0), ("v_loss", 1)])
+def test_weights_are_on_the_error_of_x0_whatever_the_target(target, option, plus):
+    """With an estimate of x0 off by d, each target's squared error times its weight is min(SNR (+ 1), 5) d^2."""
+    diffusion = Diffusion(DiffusionConfig("cosine", target=target, **{option: 5.0}))
     t = torch.arange(10, 990)
     alpha, sigma = diffusion.alpha_sigma[t].double().unbind(1)
     x0, eps, off = torch.tensor(0.3), torch.tensor(-0.8), torch.tensor(0.01)
@@ -84,7 +85,7 @@ def test_min_snr_weighs_the_error_of_x0_the_same_for_every_target(target):
     true = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0}[target]
     got = diffusion.weight[t] * (made - true) ** 2
     snr = (alpha / sigma) ** 2
-    torch.testing.assert_close(got, snr.clamp(max=5.0) * off**2, rtol=1e-3, atol=0, check_dtype=False)
+    torch.testing.assert_close(got, (snr + plus).clamp(max=5.0) * off**2, rtol=1e-3, atol=0, check_dtype=False)
     assert (snr > 5).any() and (snr < 5).any()
 
 
@@ -123,6 +124,8 @@ def test_targets_differ():
         ({"schedule": "cosine", "shift": 2.0}, "choose shifted-cosine"),
         ({"timesteps": 10}, "at least 21"),
         ({"min_snr": 0.0}, "positive"),
+        ({"v_loss": -1.0}, "positive"),
+        ({"v_loss": 5.0, "min_snr": 5.0}, "set one"),
     ],
 )
 def test_settings_that_do_not_exist(settings, words):
