@@ -68,12 +68,12 @@ def _kernels() -> Iterator[str]:
 def _cuda() -> Iterator[str]:
     import torch
 
+    from maskdiff_kernels import library
     from maskdiff_kernels.source_version import LIBRARIES
 
-    built = (LIBRARIES / "libmaskdiff_cuda.so").is_file()
     nvcc = shutil.which("nvcc")
-    if built:
-        yield f"library: {LIBRARIES / 'libmaskdiff_cuda.so'}"
+    if (LIBRARIES / "libmaskdiff_cuda.so").is_file():
+        yield from _try(lambda: f"library: for compute capabilities {library.cuda().maskdiff_cuda_archs().decode()}")
     elif nvcc:
         yield f"library: not built ({nvcc} is here: MASKDIFF_CUDA=1 pip install ... builds it without a GPU too)"
     else:
