@@ -1,12 +1,14 @@
 """What the kernel benchmarks share: a table of rates, and the comparison with another revision (--base).
 
-    python -m pytest benchmarks/bench_noisy_patches.py [-k TEXT] [--base REF] [--benchmark-json FILE]
+    python -m pytest benchmarks/bench_noisy_patches.py [-k TEXT] [--base REF] [--choose] [--benchmark-json FILE]
 
 A bench file has `build(case) -> (run, work, unit)`: run() does `work` (bytes or images) once. With --base the library
-of that git revision is built in a worktree; this revision and that one then run every case of ours in turns.
+of that git revision is built in a worktree; this revision and that one then run every case of ours in turns. --choose
+writes the fastest implementation of each op measured into kernels/choices.json, for this processor's instruction set.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import maskdiff_kernels as mk
+
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 15  # of each revision, in turns
 
@@ -27,6 +31,7 @@ class Table:
     """The rows that the terminal shows at the end."""
 
     rows: list[tuple[str, str, str]] = field(default_factory=list)
+    seconds: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # by op, implementation, case
     machine: str = ""
 
 
@@ -58,6 +63,9 @@ class Revision:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--base", metavar="REF", help="git revision to build and to measure beside this one")
+    parser.addoption(
+        "--choose", action="store_true", help="write the fastest implementations into kernels/choices.json"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -123,19 +131,41 @@ def measure(
         once, work, unit = build(case)
         once()
         benchmark(once)
-        rate = work / benchmark.stats.stats.median
+        median, op = benchmark.stats.stats.median, request.path.stem.removeprefix("bench_")
+        name, how = case.rsplit("-", 1)
+        table.seconds.setdefault(op, {}).setdefault(how, {})[name] = median
+        rate = work / median
         shown = f"{rate / 1e9:.2f} GB/s" if unit == "bytes" else f"{rate:,.0f} {unit}/s"
         benchmark.extra_info[f"{unit}_per_s"] = rate
         ratio = ""
-        if revisions and case.endswith("cpp"):
+        if revisions and how == "cpp":
             times = [[revision.seconds(request.path, case) for revision in revisions] for _ in range(ROUNDS)]
             ratios = sorted(there / here for here, there in times)
             low, middle, high = (ratios[int(share * (ROUNDS - 1))] for share in (0.2, 0.5, 0.8))
             ratio = f"{middle:.3f}x as fast as {base[0]} ({low:.3f} to {high:.3f})"
             benchmark.extra_info["faster_than_base"] = {"base": base[0], "p20": low, "p50": middle, "p80": high}
-        table.rows.append((f"{request.path.stem.removeprefix('bench_')} {case}", shown, ratio))
+        table.rows.append((f"{op} {case}", shown, ratio))
 
     return run
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    seconds = session.config.stash[_TABLE].seconds
+    if session.config.getoption("--choose") and exitstatus == 0:
+        write_choices(seconds, ROOT / "kernels" / "choices.json")
+
+
+def write_choices(seconds: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """For each op the implementation of ours with the least geometric mean over the cases that all of them ran."""
+    choices = json.loads(path.read_text())
+    for op, measured in seconds.items():
+        ours = {how: cases for how, cases in measured.items() if how in mk.backends(op)}
+        if not ours:
+            continue
+        shared = set.intersection(*map(set, ours.values()))
+        means = {how: math.fsum(math.log(cases[name]) for name in shared) for how, cases in ours.items()}
+        choices.setdefault(f"cpu:{mk.cpu_level()}", {})[op] = min(means, key=lambda how: means[how])
+    path.write_text(json.dumps(choices, indent=2) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
