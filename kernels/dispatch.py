@@ -40,12 +40,21 @@ _OPS: dict[str, dict[str, Implementation]] = {}
 
 
 def register(op: str, **implementations: ModuleType) -> None:
-    """Names the implementations of an op. The name says what it needs: cpp the CPU library, reference nothing."""
+    """Names the implementations of an op. The name says what it needs: cpp the CPU library, cuda
+    the CUDA library and a GPU, reference nothing."""
     kinds: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
         "reference": ((), lambda: "plain PyTorch, any device"),
         "cpp": (("cpu",), lambda: f"C++, {library.cpu_level()}"),
+        "cuda": (("cuda",), _cuda),
     }
     _OPS[op] = {name: Implementation(module, *kinds[name]) for name, module in implementations.items()}
+
+
+def _cuda() -> str:
+    archs = library.cuda_archs()
+    if not torch.cuda.is_available():
+        raise library.LibraryError("PyTorch sees no CUDA device")
+    return f"CUDA C++, built for {archs}"
 
 
 def backends(op: str) -> dict[str, tuple[bool, str]]:

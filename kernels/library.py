@@ -36,6 +36,11 @@ def cuda() -> ctypes.CDLL:
     return library
 
 
+def cuda_archs() -> str:
+    """The compute capabilities that the CUDA library was built for, as "80,90,100,120". Raises LibraryError."""
+    return cuda().maskdiff_cuda_archs().decode()
+
+
 def _opened(name: str, prefix: str, missing: str, build: str) -> ctypes.CDLL:
     """A library of kernels/lib, loaded; LibraryError where it is missing, broken or stale."""
     path = LIBRARIES / f"lib{name}.so"

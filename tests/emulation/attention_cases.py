@@ -1,8 +1,9 @@
 """Runs attention's CUDA kernels in an emulated library, on exact-size buffers, outputs poisoned with NaN first.
 
-    python tests/emulation/attention_cases.py LIBRARY CASE [CASE ...]
+    python tests/emulation/attention_cases.py LIBRARY CASE [CASE ...] [--entry=NAME]
 
-runs cases (see CASES) in a process of its own, as the sanitizers need it; it imports nothing but NumPy.
+runs cases (see CASES) by maskdiff_cuda_attention, or by what else is named, in a process of its own, as the sanitizers
+need it; it imports nothing but NumPy.
 """
 
 import ctypes
@@ -100,12 +101,13 @@ CASES = {
     "three": Case((33,), heads=1),
     "half": Case((15,), heads=1, dtype=FP16, width=32),
     "middle": Case((65,), heads=1),
+    "nine": Case((129,), heads=1),
     "chunks": Case((100,), heads=1),
     "long": Case((257,), heads=1),
     "most": Case((288,), heads=1, width=32),
     "ragged": MIX,
     "ragged-short": Case((9, 0, 17), heads=1, ragged=True),
-    "steep": Case((27, 35), ragged=True, heads=1, spread=24.0),
+    "steep": Case((1, 3, 1, 2, 27), ragged=True, spread=24.0),
     "strided": Case((19, 19), order=(0, 2, 3, 1, 4), gap=8),
 }
 
@@ -114,8 +116,9 @@ def main() -> None:
     """Runs the cases named, and says so."""
     library = ctypes.CDLL(sys.argv[1])
     library.wrapper_error.restype = ctypes.c_char_p
-    for name in sys.argv[2:]:
-        run(library, CASES[name], seed=3)
+    entries = [word.removeprefix("--entry=") for word in sys.argv if word.startswith("--entry=")]
+    for name in sys.argv[2 : len(sys.argv) - len(entries)]:
+        run(library, CASES[name], 3, *entries)
         print(f"ran {name}")
 
 

@@ -31,9 +31,12 @@ def build(name: str, sources: list[Path], sanitizer: str = "") -> Path:
 
 
 def build_for_gpus(name: str, sources: list[Path]) -> Path:
-    """The same for every GPU architecture. Spilled registers, stack in a kernel and any warning are errors."""
+    """The same for every GPU architecture; the assembler's report stands beside it (.txt).
+
+    Spilled registers, stack in a kernel and any warning are errors.
+    """
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    strict = ["-Werror=all-warnings", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"]
+    strict = ["-Werror=all-warnings", "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"]
     flags = ["-O3", "-std=c++17", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
     command = ["nvcc", *codes, *flags, *strict, f"-I{ROOT / 'csrc'}", "-DISA=cuda", *DEFINES, *map(str, sources)]
     return _compile(f"{name}-gpu", command)
@@ -45,10 +48,11 @@ def _compile(name: str, command: list[str]) -> Path:
     everything = f"{hash_sources(ROOT / 'csrc')} {hash_sources(HERE)} {' '.join(command)}"
     library = folder / f"{name}-{hashlib.sha256(everything.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
-        for old in folder.glob(f"{name}-*.so"):
+        for old in (*folder.glob(f"{name}-*.so"), *folder.glob(f"{name}-*.txt")):
             old.unlink()
         done = subprocess.run([*command, "-o", f"{library}.new"], capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+        library.with_suffix(".txt").write_text(done.stdout + done.stderr)
         os.replace(f"{library}.new", library)
     return library
 

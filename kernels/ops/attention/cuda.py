@@ -1,0 +1,122 @@
+"""attention by the compiled CUDA library: bf16 and fp16, d = 32 or 64, sequences that fit a block's shared memory."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from maskdiff_kernels import library
+from maskdiff_kernels.ops.structs import DTYPES, pointer
+
+MOST_TOKENS = 288
+WIDTHS = (32, 64)
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
+"""KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, 20.2)."""
+
+
+class _Input(ctypes.Structure):
+    """maskdiff_attention_input."""
+
+    _fields_ = [("qkv", ctypes.c_void_p), ("cu_seqlens", ctypes.c_void_p)] + [
+        (name, ctypes.c_int64)
+        for name in "sequences length tokens heads width sequence_stride token_stride part_stride head_stride "
+        "dtype products".split()
+    ]
+
+
+def can_run(
+    capability: tuple[int, int],  # compute capability of the GPU
+    dtype: torch.dtype,
+    width: int,  # d
+    length: int,  # the most tokens of a sequence
+) -> tuple[bool, str]:
+    """Whether the kernels take such sequences on such a GPU, with the reason."""
+    if capability < (8, 0):
+        return False, f"needs compute capability 8.0, this is {capability[0]}.{capability[1]}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False, f"takes bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if width not in WIDTHS:
+        return False, f"takes d = 32 or 64, not {width}"
+    if length > MOST_TOKENS:
+        return False, f"takes at most {MOST_TOKENS} tokens, not {length}"
+    has = SHARED_KIB.get(capability, 99) * 1024
+    if shared_bytes(width, length) > has:
+        fits = max(n for n in range(16, length, 16) if shared_bytes(width, n) <= has)
+        return False, f"takes at most {fits} tokens with the shared memory of a {capability[0]}.{capability[1]} GPU"
+    return True, "the whole sequence in shared memory"
+
+
+def shared_bytes(width: int, length: int) -> int:
+    """Shared memory of a block of the backward, which needs more than the forward: as csrc/cuda/attention.cu counts."""
+    tiles = -(-length // 16)
+    return (4 if tiles <= 2 else 1) * tiles * 16 * (4 * 2 * width + 8)
+
+
+def can_take(qkv: Tensor, length: int) -> tuple[bool, str]:
+    """Whether `run` takes this tensor [.., 3, H, d] and sequences of at most `length` tokens, with the reason."""
+    capability = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (9, 0)
+    able, reason = can_run(capability, qkv.dtype, qkv.shape[-1], length)
+    if able and (qkv.data_ptr() % 16 or any(stride % 8 for stride in qkv.stride()[:-1])):
+        return False, f"takes qkv 16-byte aligned in every stride, got strides {list(qkv.stride())}"
+    return able, reason
+
+
+def run(
+    qkv: Tensor,  # [B, L, 3, H, d] or [T, 3, H, d]
+    cu_seqlens: Tensor | None,  # [B + 1] int32
+    max_seqlen: int | None,  # with cu_seqlens
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # [.., H * d], [H, T] float32
+    """The output and the natural log-sum-exp of the scaled scores."""
+    given, heads, width = _input(qkv, cu_seqlens, max_seqlen), *qkv.shape[-2:]
+    out = qkv.new_empty(*qkv.shape[:-3], heads * width)
+    lse = qkv.new_empty(heads, given.tokens, dtype=torch.float32)
+    _call("maskdiff_cuda_attention", qkv.device, ctypes.byref(given), ctypes.c_float(scale), _p(out), _p(lse))
+    return out, lse
+
+
+def run_backward(
+    grad_out: Tensor,  # [.., H * d]
+    qkv: Tensor,  # [B, L, 3, H, d] or [T, 3, H, d]
+    out: Tensor,  # [.., H * d]
+    lse: Tensor,  # [H, T] float32
+    cu_seqlens: Tensor | None,  # [B + 1] int32
+    max_seqlen: int | None,
+    scale: float,
+) -> Tensor:  # like qkv, dense
+    """The gradient of qkv."""
+    if grad_out.stride(-1) != 1 or grad_out.data_ptr() % 16 or any(stride % 8 for stride in grad_out.stride()[:-1]):
+        grad_out = grad_out.contiguous()  # an expanded gradient, as sum() gives it
+    grad_qkv = qkv.new_empty(qkv.shape)
+    strides = (ctypes.c_int64(grad_out.stride(0)), ctypes.c_int64(grad_out.stride(-2)))
+    given = _input(qkv, cu_seqlens, max_seqlen)
+    arguments = (_p(out), _p(lse), _p(grad_out), *strides, _p(grad_qkv))
+    _call("maskdiff_cuda_attention_backward", qkv.device, ctypes.byref(given), ctypes.c_float(scale), *arguments)
+    return grad_qkv
+
+
+def _input(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> _Input:
+    """The tensors as the C functions take them. It borrows them: keep them alive."""
+    ragged = cu_seqlens is not None
+    length = (max_seqlen or 0) if ragged else qkv.shape[1]
+    able, reason = can_take(qkv, length)
+    if not able:
+        raise ValueError(f"backend: 'cuda' of attention {reason}")
+    sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else qkv.shape[0]
+    tokens = qkv.shape[0] if ragged else sequences * length
+    strides = (0, *qkv.stride()[:3]) if ragged else qkv.stride()[:4]
+    heads_width = qkv.shape[-2:]
+    numbers = (sequences, length, tokens, *heads_width, *strides, DTYPES[qkv.dtype], 0)
+    return _Input(qkv.data_ptr(), pointer(cu_seqlens), *numbers)
+
+
+def _p(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _call(function: str, device: torch.device, *arguments: object) -> None:
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    code = getattr(library.cuda(), function)(*arguments, device.index or 0, ctypes.c_void_p(stream))
+    if code:
+        said = library.cuda().maskdiff_cuda_error_text(code).decode() if code >= 1000 else f"error {code}"
+        raise RuntimeError(f"{function}: {said}")
