@@ -28,36 +28,6 @@ def residual_linear(
     return (x + linear.bias).addmm_(a, linear.weight.t())
 
 
-class _SkipLinear(torch.autograd.Function):
-    """linear(concatenate(x, skip)) as two products on the halves of the weight: nothing is concatenated or split."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, skip, weight)
-        left, right = weight.chunk(2, dim=1)
-        return torch.addmm(bias, x, left.t()).addmm_(skip, right.t())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, skip, weight = ctx.saved_tensors
-        left, right = weight.chunk(2, dim=1)
-        grad_weight = torch.empty_like(weight)
-        grad_left, grad_right = grad_weight.chunk(2, dim=1)
-        grad_left.addmm_(grad.t(), x, beta=0)
-        grad_right.addmm_(grad.t(), skip, beta=0)
-        return grad @ left, grad @ right, grad_weight, grad.sum(0)
-
-
-def skip_linear(
-    x: Tensor,  # [M, D]
-    skip: Tensor,  # [M, D] the output of the mirrored block
-    linear: nn.Linear,  # weight [D, 2 * D]
-) -> Tensor:  # [M, D]
-    """The long skip connection of U-ViT (arXiv 2209.12152): linear(concatenate(x, skip))."""
-    return _SkipLinear.apply(x, skip, linear.weight, linear.bias)
-
-
 class _ExplicitAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(d)) v by batched products.
 
@@ -71,7 +41,7 @@ class _ExplicitAttention(torch.autograd.Function):
         packed = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, length, dim)
         q, k, v = packed.unbind(0)
         scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=dim**-0.5)
-        probs = torch.softmax(scores, dim=-1, out=scores)  # sums in fp32 whatever the dtype
+        probs = torch.softmax(scores, dim=-1, out=scores)  # row by row in place; sums in fp32 whatever the dtype
         ctx.save_for_backward(packed, probs)
         ctx.shape = qkv.shape
         return torch.bmm(probs, v).view(batch, heads, length, dim).transpose(1, 2).reshape(batch, length, heads * dim)

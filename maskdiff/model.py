@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .layers import attention, layer_norm, residual_linear, sincos_table, skip_linear, timestep_embedding
+from .layers import attention, layer_norm, residual_linear, sincos_table, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Block(nn.Module):
         skip: Tensor | None = None,  # [B * L, D]
     ) -> Tensor:  # [B * L, D]
         if self.skip is not None and skip is not None:
-            x = skip_linear(x, skip, self.skip)
+            x = self.skip(torch.cat([x, skip], dim=1))
         qkv = self.qkv(layer_norm(x, self.norm1))
         mixed = attention(qkv.view(batch, -1, 3, self.heads, x.shape[1] // self.heads))
         x = residual_linear(x, mixed.view_as(x), self.proj)

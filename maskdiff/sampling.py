@@ -62,9 +62,8 @@ def sample(
     if progress:
         from tqdm import tqdm
 
-        bar = tqdm(
-            total=math.ceil(count / batch) * len(scheduler.timesteps), desc="sampling", unit="step", disable=None
-        )
+        total = math.ceil(count / batch) * len(scheduler.timesteps)
+        bar = tqdm(total=total, desc="sampling", unit="step", disable=None)
     images = []
     for ids in torch.arange(count).split(batch):
         generators = _generators(seed, ids)
@@ -158,9 +157,11 @@ def grid(
     images: Tensor,  # [N, H, W, C] uint8, C = 1 or 3
     gap: int = 2,
 ) -> "Image":
-    """Lays images out in rows on white, as near to a square as their number allows."""
+    """Lays images out in rows on white: nearly a square, without a gap at the end if a slightly wider one has none."""
     count, height, width, channels = images.shape
-    across = math.ceil(math.sqrt(count))
+    root = math.sqrt(count)
+    full = [across for across in range(math.ceil(root), int(1.6 * root) + 1) if count % across == 0]
+    across = full[0] if full else math.ceil(root)
     down = math.ceil(count / across)
     sheet = torch.full((down * (height + gap) + gap, across * (width + gap) + gap, channels), 255, dtype=torch.uint8)
     for i, image in enumerate(images):

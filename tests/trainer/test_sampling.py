@@ -11,7 +11,7 @@ from PIL import Image
 from maskdiff import checkpoint, sample, sampling
 from maskdiff.config import Config, OptimConfig, config_to_dict
 from maskdiff.diffusion import TARGETS, Diffusion, DiffusionConfig
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, run_command
 from maskdiff.model import ModelConfig, UViT
 from maskdiff.optim import FlatState
 
@@ -163,8 +163,18 @@ def test_grid_lays_images_out_in_rows():
         assert inside == {(40 * i,) * 3}
     assert sheet.getpixel((0, 0)) == sheet.getpixel((7, 2)) == sheet.getpixel((18, 8)) == (255, 255, 255)
     assert sampling.grid(images[:1, :, :, :1]).mode == "L"
+    assert sampling.grid(images[:1].expand(40, -1, -1, -1), gap=0).size == (8 * 6, 5 * 4)
     with pytest.raises(UserError, match="2 channels"):
         sampling.grid(images[..., :2])
+
+
+def test_heavy_packages_are_imported_by_what_needs_them_alone():
+    """A GPU machine may have none of them, and each takes seconds."""
+    heavy = "{'diffusers', 'torchmetrics', 'sklearn', 'tyro', 'matplotlib', 'PIL'}"
+    code = f"import maskdiff.sampling, maskdiff.pretrained, maskdiff.baselines, sys; print({heavy} & set(sys.modules))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 # ---- the command
@@ -242,15 +252,11 @@ def test_label_words():
         (["plain", "--count", "0"], "at least 1"),
     ],
 )
-def test_command_says_what_is_wrong_in_one_line(runs, tmp_path, arguments, words):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "maskdiff.sample", str(runs / arguments[0]), *arguments[1:], "--device", "cpu"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
+def test_command_says_what_is_wrong_in_one_line(runs, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: command(monkeypatch, runs / arguments[0], *arguments[1:]))
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == ""
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
