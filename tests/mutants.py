@@ -128,7 +128,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("kept[1:] / kept[:-1]", "kept[1:] / kept[0]"),
             ("return alpha * eps - sigma * x0", "return alpha * eps + sigma * x0"),
-            ('"v": clipped / (snr + 1)', '"v": clipped / snr'),
+            ('"v": on_x0 / (snr + 1)', '"v": on_x0 / snr'),
         ),
     ),
     (
