@@ -42,7 +42,7 @@ FAULTS = (
         "i % 2 < 999 ? x * scale : 0",
     ),
     Fault("mask of keys off by one, forward", KERNELS, "i % 2 < item.length ? x", "i % 2 <= item.length ? x"),
-    Fault("keys not masked, backward", KERNELS, "real ? ptx", "column >= 0 ? ptx"),
+    Fault("keys not masked, backward", KERNELS, "real ? ptx", "real || first >= 0 ? ptx"),
     Fault("maximum not corrected", KERNELS, "total[h] *= factor;", ""),
     Fault(
         "maximum of two lanes alone",

@@ -3,11 +3,13 @@
 import ctypes
 import functools
 import re
+import shutil
 
 import attention_cases
 import emulate
 import numpy as np
 import pytest
+import test_wrappers
 import torch
 from attention_cases import BF16, CASES, FP16, MIX, Case
 from attention_faults import FAULTS, Fault, source
@@ -218,6 +220,15 @@ def test_binding_refuses(binding):
             binding.run(torch.zeros(shape, dtype=dtype), None, None, 1.0)
     with pytest.raises(ValueError, match="16-byte aligned in every stride"):
         binding.run(torch.zeros(1, 9, 3, 1, 68, dtype=torch.float16)[..., :64], None, None, 1.0)
+
+
+def test_library_missing_or_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(libraries, "LIBRARIES", tmp_path)
+    with pytest.raises(libraries.LibraryError, match=r"CUDA kernels were not built .*MASKDIFF_CUDA=1 pip install -e ."):
+        libraries.cuda.__wrapped__()
+    shutil.copy(emulate.build("emulated", test_wrappers.SOURCES), tmp_path / "libmaskdiff_cuda.so")
+    with pytest.raises(libraries.LibraryError, match=r"is stale \(built from sources of the tests, .*MASKDIFF_CUDA=1"):
+        libraries.cuda.__wrapped__()
 
 
 def test_can_run_by_compute_capability(library):
