@@ -37,7 +37,7 @@ def _small(name: str, stages: str, data: DataConfig, model: ModelConfig, guidanc
 
 
 # One optimizer step of each stage costs about the same: the batches are to each other as the visible patches are.
-FACES = "patch:0.75 x1000 b64 lr4e-3 w50 c1.0 cosine, dense x2400 b16 lr4e-3 w50 c1.0 cosine"
+FACES = "patch:0.75 x900 b64 lr4e-3 w50 c1.0 cosine, dense x2000 b16 lr4e-3 w50 c1.0 cosine"
 FACES64 = "patch:0.75 x2000 b32 lr3e-3 w100 c1.0 cosine, dense x5000 b8 lr3e-3 w100 c1.0 cosine"
 DIGITS = "patch:0.75 x400 b64 lr4e-3 w50 c1.0 cosine, dense x1000 b16 lr4e-3 w50 c1.0 cosine"
 EMOJI = "patch:0.75 x2000 b64 lr2e-3 w100 c1.0 cool0.3, dense x2000 b16 lr2e-3 w100 c1.0 cool0.3 fresh"
