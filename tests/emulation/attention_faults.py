@@ -102,11 +102,17 @@ FAULTS = (
         case="half",
     ),
 )
+SOUND = Fault("nothing", KERNELS, "ptx::copy_commit();", "ptx::copy_commit();")  # the copies' own control
 
 
 def source(faults: tuple[Fault, ...], folder: Path) -> Path:
-    """One .cu file with a copy of the kernels for each fault: entries fault_0, fault_0_backward, ..."""
-    parts = ['// Planted faults.\n#include "cuda/launch.cuh"\n#include "maskdiff_kernels.h"']
+    """One .cu file with a copy of the kernels for each fault: entries fault_0, fault_0_backward, ...
+
+    Not optimised, unlike the emulator that it includes: compiling so many copies takes longer than running them.
+    """
+    parts = [
+        '// Planted faults.\n#include "cuda/launch.cuh"\n#include "maskdiff_kernels.h"\n#pragma GCC optimize("O0")'
+    ]
     entries = (emulate.ROOT / "csrc/maskdiff_kernels.h").read_text()
     for number, fault in enumerate(faults):
         texts = {file: (emulate.ROOT / file).read_text() for file in (TILE, KERNELS)}
