@@ -33,6 +33,8 @@ def _small(name: str, stages: str, data: DataConfig, model: ModelConfig, guidanc
         optim=OptimConfig(betas=(0.9, 0.99), weight_decay=0.01, ema=0.995),
         stages=parse_stages(stages),
         guidance=guidance,
+        heldout_every=500,
+        sample_every=1000,
     )
 
 
