@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import Config, config_from_dict
+from .durable import sync
 from .errors import UserError
 
 FORMAT = 1
@@ -46,10 +47,10 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any],
         meta["hash"] = _meta_hash(meta)
         (partial / META).write_text(json.dumps(meta, indent=1))
         for name in (STATE, META, "."):
-            _sync(partial / name)
+            sync(partial / name)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -121,11 +122,3 @@ def _hash(path: Path) -> str:
 def _meta_hash(meta: dict[str, Any]) -> str:
     rest = {key: value for key, value in meta.items() if key != "hash"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

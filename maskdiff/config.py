@@ -98,13 +98,6 @@ class Config:
     """the parts of the run, in order"""
 
 
-def resolve(argv: list[str]) -> Config:
-    """The configuration that a command line asks for. Raises UserError; see options.parse for the rules."""
-    from .options import parse
-
-    return parse(argv).config
-
-
 # ---- to JSON and back
 
 
@@ -259,10 +252,6 @@ def nearest(name: str, known: list[str], prefix: str = "") -> str:
 
 def validate(config: Config) -> None:
     """Raises UserError for the first thing in a configuration that cannot work, in one line that says what to do."""
-    from .presets import PRESETS
-
-    if config.preset not in PRESETS:
-        raise UserError(f"no preset {config.preset!r}; {nearest(config.preset, list(PRESETS))}")
     _check_ranges(config)
     if not config.data.path:
         raise UserError(f"preset {config.preset} has no images of its own; name a folder or zip of images with --data")

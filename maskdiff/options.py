@@ -125,6 +125,7 @@ def parse(argv: list[str]) -> Command:
         config = replace(config, out=run)
     elif not config.out:
         config = replace(config, out=free_run_path(config.preset))
+    presets.get(config.preset)  # raises for an unknown name, wherever it came from
     validate(config)
     if "print-config" in own:
         return Command(config, text=json.dumps(config_to_dict(config), indent=1))

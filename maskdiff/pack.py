@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maskdiff import workers as processes
+from maskdiff.durable import sync
 from maskdiff.errors import UserError
 from maskdiff.layout import Chunk, stride_of
 from maskdiff.manifest import BLOCK, IMAGES, LABELS, MANIFEST, SPLIT, Manifest
@@ -90,7 +91,7 @@ def pack(
                 manifest = writer.finish(image_size, patch, stride, heldout)
         with _write_errors(target):
             os.rename(partial, target)
-            _sync(target.parent)
+            sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -170,7 +171,7 @@ class _Writer:
         for name, array in ((LABELS, np.concatenate(self._labels)), (SPLIT, split)):
             path = self.folder / name
             np.save(path, array)
-            _sync(path)
+            sync(path)
             content = path.read_bytes()
             files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         manifest = Manifest(
@@ -188,8 +189,8 @@ class _Writer:
             blocks=self._blocks,
         )
         manifest.write(self.folder / MANIFEST)
-        _sync(self.folder / MANIFEST)
-        _sync(self.folder)
+        sync(self.folder / MANIFEST)
+        sync(self.folder)
         return manifest
 
     def close(self) -> None:
@@ -221,14 +222,6 @@ def _first(rejects: list[tuple[str, str]], shown: int = 3) -> str:
     """How many files were rejected, and the first of them."""
     names = ", ".join(f"{name!r} ({reason})" for name, reason in rejects[:shown])
     return f"{len(rejects):,} file{'s' if len(rejects) != 1 else ''}: {names}{', ...' if len(rejects) > shown else ''}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -16,11 +16,14 @@ from maskdiff.config import (
     config_to_dict,
     flatten,
     load_config,
-    resolve,
     validate,
 )
 from maskdiff.errors import UserError
 from maskdiff.options import FREE_ON_RESUME, parse
+
+
+def resolve(argv: list[str]) -> Config:
+    return parse(argv).config
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +211,7 @@ OTHER = {
         "image_size": 30, "channels": 1, "patch": 5, "width": 24, "blocks": 7, "heads": 3, "mlp_ratio": 2.0,
         "qkv_bias": True, "time_mlp": True, "classes": [4, 2], "init": "authors",
     },
-    "diffusion": {"schedule": "shifted-cosine", "shift": 2.0, "timesteps": 99, "target": "x0", "min_snr": 5.0},
+    "diffusion": {"schedule": "shifted-cosine", "shift": 2.0, "timesteps": 99, "target": "x0", "min_snr": None, "v_loss": 4.0},
     "optim": {"betas": [0.5, 0.6], "eps": 0.1, "weight_decay": 0.2, "decay_all": True, "ema": 0.3},
     "stages": [
         {
@@ -224,8 +227,9 @@ def test_every_key_survives():
     default = flatten(config_to_dict(replace(Config(), stages=(Stage(),))))
     other = flatten(OTHER)
     assert other.keys() == default.keys()
-    assert [key for key in other if other[key] == default[key]] == []
+    assert [key for key in other if other[key] == default[key]] == ["diffusion.min_snr"]  # it excludes v_loss
     assert config_to_dict(config_from_dict(json.loads(json.dumps(OTHER)))) == OTHER
+    assert config_from_dict({"diffusion": {"min_snr": 3.0}}).diffusion.min_snr == 3.0
 
 
 @pytest.mark.parametrize(
@@ -366,7 +370,7 @@ def test_resume_takes_the_saved_configuration(run):
 
 
 def test_resume_may_repeat_what_is_the_same_and_change_what_is_free(run):
-    same = ["--seed", "3", "--preset", "faces32", "--stages.0.lr", "0.002"]
+    same = ["--seed", "3", "--preset", "faces32", "--stages.0.lr", str(run.stages[0].lr)]
     assert parse(["--resume", "run", *same]).config == replace(run, out="run")
     command = parse(
         ["--resume", "run", "--max-steps", "20", "--device", "cpu", "--checkpoint-every", "7", "--data", "x"]
@@ -381,7 +385,7 @@ def test_resume_may_repeat_what_is_the_same_and_change_what_is_free(run):
     [
         (["--seed", "4"], ["seed (is 3, got 4)"]),
         (["--preset", "faces64"], ["preset (is faces32, got faces64)"]),
-        (["--stages.1.lr", "1", "--optim.ema", "0.5"], ["stages.1.lr (is 0.002, got 1.0)", "optim.ema"]),
+        (["--stages.1.lr", "1", "--optim.ema", "0.5"], ["stages.1.lr (is 0.004, got 1.0)", "optim.ema"]),
         (["--stages", "dense x5"], ["stages.0.mask", "stages.0.steps", "more"]),
         (["--mask.rate", "0.5"], ["stages.0.mask (is patch:0.75, got patch:0.5)"]),
         (["--init", "w.pt"], ["init (is none, got w.pt)"]),

@@ -35,7 +35,10 @@ def test_equals_torch_adamw_and_ema(decay_all, clip):
     state = FlatState(model, config)
     decayed = {"inner.weight", "head.weight"} if not decay_all else {name for name, _ in plain.named_parameters()}
     groups = [
-        {"params": [p for name, p in plain.named_parameters() if (name in decayed) == decay], "weight_decay": 0.1 * decay}
+        {
+            "params": [p for name, p in plain.named_parameters() if (name in decayed) == decay],
+            "weight_decay": 0.1 * decay,
+        }
         for decay in (True, False)
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99), eps=1e-8)

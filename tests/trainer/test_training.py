@@ -13,8 +13,8 @@ import torch
 
 from maskdiff import checkpoint, training
 from maskdiff.config import Config, config_to_dict
-from maskdiff.config import resolve as resolve_config
 from maskdiff.errors import UserError
+from maskdiff.options import parse
 
 STAGES = "patch:0.75 x8 b16 lr2e-3 w4 c1.0 cosine, dense x6 b8 lr1e-3 w0 c1.0 const fresh"
 
@@ -30,7 +30,7 @@ def tiny(out, *more: str) -> Config:
     argv = ["--data", "faces:200", "--stages", STAGES, "--precision", "fp32", "--device", "cpu"]
     argv += ["--model.width", "32", "--model.blocks", "3", "--model.heads", "2", "--probe-steps", "1"]
     argv += ["--checkpoint-every", "5", "--heldout-every", "7", "--sample-every", "0", "--sample-count", "0"]
-    return dataclasses.replace(resolve_config([*argv, *more]), out=str(out))
+    return dataclasses.replace(parse([*argv, *more]).config, out=str(out))
 
 
 def rows(run):
@@ -70,7 +70,7 @@ def test_stage_plan_tells_speed_and_ideal(unbroken):
 
 
 def test_the_saved_configuration_starts_the_same_run(unbroken, tmp_path):
-    config = resolve_config(["--config", str(unbroken / "config.json"), "--out", str(tmp_path / "again")])
+    config = parse(["--config", str(unbroken / "config.json"), "--out", str(tmp_path / "again")]).config
     training.run(config)
     assert exact(tmp_path / "again") == exact(unbroken)
 
@@ -89,8 +89,8 @@ def test_resume_is_bit_for_bit(unbroken, tmp_path, stop):
 COMMAND = """
 import sys
 from maskdiff import training
-from maskdiff.config import resolve
-training.run(resolve(sys.argv[1:]))
+from maskdiff.options import parse
+training.run(parse(sys.argv[1:]).config)
 """
 
 
