@@ -74,7 +74,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (DRAW,),
         (
             ("round < 8", "round < 6"),
-            ("words[i] < last ||", "words[i] <= last ||"),
+            ("equal = wanted - below;", "equal = wanted - below - 1;"),
             ("d->grid_across - side + 1", "d->grid_across - side"),
             ("words[j] < words[i] ||", "words[j] > words[i] ||"),
             ("element(seed, n, LABEL_DROPOUT, 0)", "element(seed, n, FLIP, 0)"),
