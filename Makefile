@@ -16,6 +16,9 @@ SHELL := /bin/bash
 # Tools that pip brought for lack of them on the machine: cmake, ninja.
 train test build: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# Tests share the cores with whatever else runs: threads that wait must not hold one.
+test mutants: export OMP_WAIT_POLICY := PASSIVE
+
 .NOTPARALLEL:
 .PHONY: help train test mutants build lint types clean
 
