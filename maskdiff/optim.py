@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .config import OptimConfig
 
 ALIGN = 16  # elements: every parameter starts on 64 bytes of fp32
+M = TypeVar("M", bound=nn.Module)
 PARTS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
@@ -35,7 +37,7 @@ class Hyper:
     clip: float | None  # bound on the global gradient norm
 
 
-class FlatState:
+class FlatState(Generic[M]):
     """Owns everything that is trained or counted; the model's parameters become views of it.
 
     `master`, `exp_avg`, `exp_avg_sq`, `ema` are float32 [size]. With a low precision, weights and biases of matrix
@@ -45,7 +47,7 @@ class FlatState:
     Build it from float32 weights, on the device where the model lies. Raises ValueError for other dtypes.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: M, config: OptimConfig, dtype: torch.dtype = torch.float32) -> None:
         params = dict(model.named_parameters())
         if wrong := [name for name, p in params.items() if p.dtype != torch.float32]:
             raise ValueError(f"masters are built from float32 weights; {wrong[0]} is {params[wrong[0]].dtype}")
@@ -109,7 +111,7 @@ class FlatState:
         self.ema.copy_(self.master)
 
     @contextmanager
-    def ema_weights(self) -> Iterator[nn.Module]:
+    def ema_weights(self) -> Iterator[M]:
         """Lends the model with its EMA weights; the trained ones are back afterwards, untouched."""
         self._bind(self.ema, self.ema[: self.low_size].to(self.dtype) if self.low.numel() else self.low)
         try:

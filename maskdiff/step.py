@@ -97,7 +97,7 @@ def batch_loss(
 
 
 def train_step(
-    state: FlatState,
+    state: FlatState[UViT],
     source: Source,
     objective: Objective,
     mask: Mask,

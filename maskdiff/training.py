@@ -199,7 +199,10 @@ class _Training:
                         times[name].append(1e3 * (measure.now(self.device) - start))
         step_ms = statistics.median(times["step"])
         dense_ms = statistics.median(times["dense"] or times["step"])
-        steps = stage.steps if stage.steps is not None else max(1, math.ceil(stage.minutes * 60e3 / step_ms))
+        steps = stage.steps
+        if steps is None:
+            assert stage.minutes is not None  # a stage has one length or the other
+            steps = max(1, math.ceil(stage.minutes * 60e3 / step_ms))
         plan = StagePlan(
             mask=mask,
             batch=batch,

@@ -211,7 +211,9 @@ OTHER = {
         "image_size": 30, "channels": 1, "patch": 5, "width": 24, "blocks": 7, "heads": 3, "mlp_ratio": 2.0,
         "qkv_bias": True, "time_mlp": True, "classes": [4, 2], "init": "authors",
     },
-    "diffusion": {"schedule": "shifted-cosine", "shift": 2.0, "timesteps": 99, "target": "x0", "min_snr": None, "v_loss": 4.0},
+    "diffusion": {
+        "schedule": "shifted-cosine", "shift": 2.0, "timesteps": 99, "target": "x0", "min_snr": None, "v_loss": 4.0,
+    },
     "optim": {"betas": [0.5, 0.6], "eps": 0.1, "weight_decay": 0.2, "decay_all": True, "ema": 0.3},
     "stages": [
         {
