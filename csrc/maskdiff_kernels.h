@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MASKDIFF_ABI 2
+#define MASKDIFF_ABI 3
 
 #if defined(__GNUC__)
 #define MASKDIFF_API __attribute__((visibility("default")))
@@ -105,7 +105,8 @@ typedef struct {
 MASKDIFF_API const char* maskdiff_source_version(void);  // of the sources this library was built from
 MASKDIFF_API int maskdiff_abi(void);                      // MASKDIFF_ABI
 
-// Instruction sets: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16. Every set gives the same bits.
+// Instruction sets: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16. Every set gives the same bits, in
+// attention the same to rounding.
 MASKDIFF_API int maskdiff_cpu_best_level(void);  // the highest that this processor and this library have
 MASKDIFF_API int maskdiff_cpu_level(void);       // the one in use; the best until set
 MASKDIFF_API int maskdiff_cpu_set_level(int level);  // BAD_OPTION above the best. Not while another call runs
@@ -133,6 +134,17 @@ MASKDIFF_API int maskdiff_cpu_denoising_loss(const maskdiff_samples* samples, co
 MASKDIFF_API int maskdiff_cpu_denoising_loss_backward(const void* error, const int32_t* cu_patches, const float* factor,
                                                       int64_t batch, int64_t total, int64_t elements, int dtype,
                                                       void* gradient, int threads);
+
+// out [T, H * d] = softmax(scale Q K^T) V, per sequence and head, and lse [H, T], the natural logarithm of the sums of
+// exponentials. T = S * L for equal lengths. Errors: BAD_RANGE (cu_seqlens; nothing is written then), NO_MEMORY, BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_attention(const maskdiff_attention_input* input, float scale, void* out, float* lse,
+                                        int threads);
+
+// grad_qkv [T, 3, H, d]. lse: the forward's. grad_out: [S, L, H * d] or [T, H * d] of `dtype`, sequences (equal lengths
+// alone) and tokens the given numbers of elements apart. Errors: as the forward.
+MASKDIFF_API int maskdiff_cpu_attention_backward(const maskdiff_attention_input* input, float scale, const float* lse,
+                                                 const void* grad_out, int64_t grad_sequence_stride,
+                                                 int64_t grad_token_stride, void* grad_qkv, int threads);
 
 // ---- the CUDA library. Pointers are to memory that `device` can read; an entry queues its work on `stream`, waits for
 // nothing, and returns one of the codes above or one that maskdiff_cuda_error_text explains ----

@@ -40,12 +40,15 @@ _OPS: dict[str, dict[str, Implementation]] = {}
 
 
 def register(op: str, **implementations: ModuleType) -> None:
-    """Names the implementations of an op. The name says what it needs: cpp the CPU library, cuda
-    the CUDA library and a GPU, reference nothing."""
+    """Names the implementations of an op. The name says what it needs: cpp the CPU library, cuda the CUDA library and a
+    GPU, xformers that package and a GPU, the others nothing."""
     kinds: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
         "reference": ((), lambda: "plain PyTorch, any device"),
         "cpp": (("cpu",), lambda: f"C++, {library.cpu_level()}"),
         "cuda": (("cuda",), _cuda),
+        "sdpa": ((), lambda: "PyTorch's scaled_dot_product_attention, any device"),
+        "explicit": ((), lambda: "PyTorch's products and softmax, any device"),
+        "xformers": (("cuda",), lambda: implementations["xformers"].load()),
     }
     _OPS[op] = {name: Implementation(module, *kinds[name]) for name, module in implementations.items()}
 

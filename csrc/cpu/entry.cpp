@@ -63,4 +63,14 @@ int maskdiff_cpu_denoising_loss_backward(const void* error, const int32_t* cu_pa
   DISPATCH(denoising_loss_backward(error, cu_patches, factor, batch, total, elements, dtype, gradient, threads))
 }
 
+int maskdiff_cpu_attention(const maskdiff_attention_input* input, float scale, void* out, float* lse, int threads) {
+  DISPATCH(attention(input, scale, out, lse, threads))
+}
+
+int maskdiff_cpu_attention_backward(const maskdiff_attention_input* input, float scale, const float* lse,
+                                    const void* grad_out, int64_t grad_sequence_stride, int64_t grad_token_stride,
+                                    void* grad_qkv, int threads) {
+  DISPATCH(attention_backward(input, scale, lse, grad_out, grad_sequence_stride, grad_token_stride, grad_qkv, threads))
+}
+
 }  // extern "C"

@@ -11,6 +11,7 @@ from maskdiff_kernels.ops.samples import Samples
 OK, BAD_RANGE, NO_MEMORY, BAD_OPTION = range(4)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TARGETS = {"eps": 0, "x0": 1, "v": 2}
+PRODUCTS = {"best": 0, "widened": 1, "pairs": 2}
 MASKS = {"dense": 0, "patch": 1, "block": 2, "crop": 3}
 
 
@@ -38,6 +39,15 @@ class SamplesStruct(ctypes.Structure):
     _fields_ = _fields(
         "patches slots n image_ids keep_ids cu_patches flip timestep alpha_sigma seed",
         "images rows stride grid_down grid_across patch channels batch visible total timesteps",
+    )
+
+
+class AttentionStruct(ctypes.Structure):
+    """maskdiff_attention_input."""
+
+    _fields_ = _fields(
+        "qkv cu_seqlens",
+        "sequences length tokens heads width sequence_stride token_stride part_stride head_stride dtype products",
     )
 
 
@@ -70,6 +80,23 @@ def samples_struct(samples: Samples) -> SamplesStruct:
         keep_ids.numel(),
         0 if samples.alpha_sigma is None else samples.alpha_sigma.shape[0],
     )
+
+
+def attention_struct(
+    qkv: Tensor,  # [B, L, 3, H, d] or [T, 3, H, d]
+    cu_seqlens: Tensor | None,  # [S + 1] int32
+    max_seqlen: int | None,
+    products: str = "best",
+) -> AttentionStruct:
+    """Attention's input as the C functions take it. It borrows the tensors: keep them alive."""
+    if cu_seqlens is None:
+        sequences, length = qkv.shape[:2]
+        tokens, strides = sequences * length, qkv.stride()[:4]
+    else:
+        sequences, length = cu_seqlens.shape[0] - 1, max_seqlen or 0
+        tokens, strides = qkv.shape[0], (0, *qkv.stride()[:3])
+    numbers = (sequences, length, tokens, *qkv.shape[-2:], *strides, DTYPES[qkv.dtype], PRODUCTS[products])
+    return AttentionStruct(qkv.data_ptr(), pointer(cu_seqlens), *numbers)
 
 
 def call(function: str, *arguments: object) -> int:

@@ -6,22 +6,12 @@ import torch
 from torch import Tensor
 
 from maskdiff_kernels import library
-from maskdiff_kernels.ops.structs import DTYPES, pointer
+from maskdiff_kernels.ops.structs import AttentionStruct, attention_struct
 
 MOST_TOKENS = 288
 WIDTHS = (32, 64)
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 """KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, 20.2)."""
-
-
-class _Input(ctypes.Structure):
-    """maskdiff_attention_input."""
-
-    _fields_ = [("qkv", ctypes.c_void_p), ("cu_seqlens", ctypes.c_void_p)] + [
-        (name, ctypes.c_int64)
-        for name in "sequences length tokens heads width sequence_stride token_stride part_stride head_stride "
-        "dtype products".split()
-    ]
 
 
 def can_run(
@@ -95,19 +85,11 @@ def run_backward(
     return grad_qkv
 
 
-def _input(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> _Input:
-    """The tensors as the C functions take them. It borrows them: keep them alive."""
-    ragged = cu_seqlens is not None
-    length = (max_seqlen or 0) if ragged else qkv.shape[1]
-    able, reason = can_take(qkv, length)
+def _input(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> AttentionStruct:
+    able, reason = can_take(qkv, qkv.shape[1] if cu_seqlens is None else max_seqlen or 0)
     if not able:
         raise ValueError(f"backend: 'cuda' of attention {reason}")
-    sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else qkv.shape[0]
-    tokens = qkv.shape[0] if ragged else sequences * length
-    strides = (0, *qkv.stride()[:3]) if ragged else qkv.stride()[:4]
-    heads_width = qkv.shape[-2:]
-    numbers = (sequences, length, tokens, *heads_width, *strides, DTYPES[qkv.dtype], 0)
-    return _Input(qkv.data_ptr(), pointer(cu_seqlens), *numbers)
+    return attention_struct(qkv, cu_seqlens, max_seqlen)
 
 
 def _p(tensor: Tensor) -> ctypes.c_void_p:

@@ -1,0 +1,137 @@
+// How attention keeps matrices in scratch memory: as panels, each a column of PANEL words, which tiles read in a line.
+//
+// A word is 32 bits wide: a float, or a pair of bfloat16 numbers that one instruction multiplies and adds up.
+// A matrix of `height` rows stands as [ceil(columns / PANEL)][height][PANEL].
+#pragma once
+
+#include "cpu/attention_vector.h"
+#include "cpu/convert.h"
+
+namespace maskdiff {
+namespace ISA {
+namespace {
+
+constexpr int PANEL = 2 * WIDTH;  // columns of a tile
+
+MASKDIFF_INLINE int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+MASKDIFF_INLINE int64_t size_of(int64_t dtype) { return dtype == MASKDIFF_FLOAT32 ? 4 : 2; }
+
+MASKDIFF_INLINE int64_t place(int64_t height, int64_t row, int64_t column) {
+  return (column / PANEL * height + row) * PANEL + column % PANEL;
+}
+
+// Rows in memory, `row_bytes` apart.
+struct Rows {
+  char* data;
+  int64_t row_bytes;
+  int64_t dtype;
+};
+
+constexpr int64_t MOST_COLUMNS = 128;
+constexpr int64_t AHEAD = 8;  // rows: they stand on pages of their own, where no processor looks ahead by itself
+
+MASKDIFF_INLINE Vector loose(const char* row, int64_t column) { return *(const LooseVector*)(row + column * 4); }
+
+MASKDIFF_INLINE void prefetch(const char* from, int64_t bytes) {
+  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(from + offset);
+}
+
+// A row as floats: where it stands, or in `copy`. (Whole rows, out of line: the conversion is then vector code.)
+static __attribute__((noinline)) const char* widen(const char* row, int dtype, int columns, float* copy) {
+  load_floats(row, dtype, 0, columns, copy);
+  return (const char*)copy;
+}
+
+MASKDIFF_INLINE const char* floats_of(const Rows& rows, int64_t columns, float* copy) {
+  return rows.dtype == MASKDIFF_FLOAT32 ? rows.data : widen(rows.data, (int)rows.dtype, (int)columns, copy);
+}
+
+// Rows of numbers to panels of floats; rows from `rows` to `height` become 0.
+static void pack_floats(float* to, int64_t height, Rows from, int64_t rows, int64_t columns) {
+  alignas(64) float copy[MOST_COLUMNS];
+  for (int64_t row = 0; row < height; row++, to += PANEL, from.data += from.row_bytes) {
+    if (row + AHEAD < rows) prefetch(from.data + AHEAD * from.row_bytes, columns * size_of(from.dtype));
+    const char* numbers = row < rows ? floats_of(from, columns, copy) : nullptr;
+    float* panel = to;
+    for (int64_t column = 0; column < columns; column += PANEL, panel += height * PANEL) {
+      store(panel, numbers ? loose(numbers, column) : Vector{});
+      if (column + WIDTH < columns) store(panel + WIDTH, numbers ? loose(numbers, column + WIDTH) : Vector{});
+    }
+  }
+}
+
+// Rows of bfloat16 to panels [columns][ceil(height / 2)]: a word holds rows 2i (low half) and 2i + 1 (0 beyond `rows`).
+static void pack_row_pairs(float* to, Rows from, int64_t rows, int64_t columns) {
+  const int64_t height = (rows + 1) / 2;
+  for (int64_t pair = 0; pair < height; pair++, from.data += 2 * from.row_bytes) {
+    const uint16_t* first = (const uint16_t*)from.data;
+    const uint16_t* second = (const uint16_t*)(from.data + from.row_bytes);
+    for (int64_t column = 0; column < columns; column += WIDTH) {
+      Words words = __builtin_convertvector(*(const LooseHalves*)(first + column), Words);
+      if (2 * pair + 1 < rows) words |= __builtin_convertvector(*(const LooseHalves*)(second + column), Words) << 16;
+      store(to + place(height, pair, column), Vector(words));
+    }
+  }
+}
+
+// Rounded to bfloat16, in the low halves of the words; as to_bfloat16 in common/floats.h.
+MASKDIFF_INLINE Words bfloat16_words(Vector x) {
+  const Words bits = Words(x), rounded = (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
+  return Words(select(x == x, Vector(rounded), Vector(bits >> 16 | 0x40u)));
+}
+
+// WIDTH rows of WIDTH columns of a panel, transposed: first within fours of lanes, then the fours among each other.
+MASKDIFF_INLINE void transpose_square(float* to, const float* from) {
+  Vector x[WIDTH];
+  Integers low = {}, high = {}, even = {}, odd = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; i++) {
+    const int four = i / 4 * 4, other = i % 2 * WIDTH, half = i % 4 / 2;
+    low[i] = four + half + other;
+    high[i] = low[i] + 2;
+    even[i] = four + i % 2 + half * WIDTH;
+    odd[i] = even[i] + 2;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < WIDTH; i += 4, from += 4 * PANEL) {
+    const Vector first = load(from), second = load(from + PANEL);
+    const Vector third = load(from + 2 * PANEL), last = load(from + 3 * PANEL);
+    const Vector a = __builtin_shuffle(first, second, low), b = __builtin_shuffle(third, last, low);
+    const Vector c = __builtin_shuffle(first, second, high), d = __builtin_shuffle(third, last, high);
+    x[i] = __builtin_shuffle(a, b, even);
+    x[i + 1] = __builtin_shuffle(a, b, odd);
+    x[i + 2] = __builtin_shuffle(c, d, even);
+    x[i + 3] = __builtin_shuffle(c, d, odd);
+  }
+#pragma GCC unroll 2
+  for (int distance = 4; distance < WIDTH; distance *= 2) {
+    Integers lower = {}, upper = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) {
+      lower[i] = i & distance ? i - distance + WIDTH : i;
+      upper[i] = i & distance ? i + WIDTH : i + distance;
+    }
+#pragma GCC unroll 8
+    for (int pair = 0; pair < WIDTH / 2; pair++) {
+      const int i = pair / distance * 2 * distance + pair % distance;
+      const Vector a = x[i], b = x[i + distance];
+      x[i] = __builtin_shuffle(a, b, lower);
+      x[i + distance] = __builtin_shuffle(a, b, upper);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; i++) store(to + i * PANEL, x[i]);
+}
+
+// Panels of `height` rows (a multiple of WIDTH) of `columns` words to those of the transpose, of `columns` rows.
+static void transpose(float* to, const float* from, int64_t height, int64_t columns) {
+  for (int64_t row = 0; row < height; row += WIDTH) {
+    for (int64_t column = 0; column < columns; column += WIDTH) {
+      transpose_square(to + place(columns, column, row), from + place(height, row, column));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ISA
+}  // namespace maskdiff

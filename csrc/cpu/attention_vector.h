@@ -1,0 +1,114 @@
+// Vectors of floats for attention, by GCC's vector extensions: one source for every instruction set.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/flags.h"
+
+#define MASKDIFF_INLINED __attribute__((always_inline))
+#define MASKDIFF_INLINE MASKDIFF_INLINED inline
+
+namespace maskdiff {
+namespace ISA {
+namespace {  // internal linkage for the templates too: copies for two processors must never be merged by the linker
+
+#if !defined(MASKDIFF_WIDTH)  // else a test's: wider vectors than the processor has
+#if defined(__AVX512F__)
+#define MASKDIFF_WIDTH 16
+#elif defined(__AVX__)
+#define MASKDIFF_WIDTH 8
+#else
+#define MASKDIFF_WIDTH 4
+#endif
+#endif
+
+constexpr int WIDTH = MASKDIFF_WIDTH;
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), may_alias));
+typedef Vector LooseVector __attribute__((aligned(4)));
+typedef Halves LooseHalves __attribute__((aligned(2)));
+
+typedef float Word __attribute__((may_alias));  // 32 bits of whatever
+
+MASKDIFF_INLINE Vector load(const float* from) { return *(const Vector*)from; }
+MASKDIFF_INLINE void store(float* to, Vector x) { *(Vector*)to = x; }
+
+MASKDIFF_INLINE Vector splat(Word x) {  // moves bits: they need not be a number
+#if MASKDIFF_WIDTH == 16
+  return Vector{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#elif MASKDIFF_WIDTH == 8
+  return Vector{x, x, x, x, x, x, x, x};
+#else
+  return Vector{x, x, x, x};
+#endif
+}
+
+MASKDIFF_INLINE Vector select(Integers where, Vector yes, Vector no) {
+  return Vector((where & Integers(yes)) | (~where & Integers(no)));
+}
+
+MASKDIFF_INLINE Vector larger(Vector x, Vector y) { return select(x > y, x, y); }
+
+MASKDIFF_INLINE Integers lanes() {
+  Integers lane = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; i++) lane[i] = i;
+  return lane;
+}
+
+template <int DISTANCE>
+MASKDIFF_INLINE Vector exchange(Vector x) {
+  return __builtin_shuffle(x, lanes() ^ DISTANCE);
+}
+
+MASKDIFF_INLINE float sum(Vector x) {
+  if (WIDTH > 8) x += exchange<8 % WIDTH>(x);
+  if (WIDTH > 4) x += exchange<4 % WIDTH>(x);
+  x += exchange<2>(x);
+  return x[0] + x[1];
+}
+
+MASKDIFF_INLINE float maximum(Vector x) {
+  if (WIDTH > 8) x = larger(x, exchange<8 % WIDTH>(x));
+  if (WIDTH > 4) x = larger(x, exchange<4 % WIDTH>(x));
+  x = larger(x, exchange<2>(x));
+  return x[0] > x[1] ? x[0] : x[1];
+}
+
+// 2^x for x up to 127, at least 2^-126. NaN stays NaN. Polynomial: Cephes, exp2f; relative error below 2e-7.
+MASKDIFF_INLINE Vector exp2(Vector x) {
+  x = select(x < -126.0f, splat(-126.0f), x);
+  const Vector shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum holds x, rounded, in its low bits
+  const Vector part = x - (shifted - 12582912.0f);
+  Vector y = 1.535336188319500e-4f * part + 1.339887440266574e-3f;
+  y = y * part + 9.618437357674640e-3f;
+  y = y * part + 5.550332471162809e-2f;
+  y = y * part + 2.402264791363012e-1f;
+  y = y * part + 6.931472028550421e-1f;
+  y = y * part + 1.0f;
+  return Vector(Words(y) + (Words(shifted) << 23));
+}
+
+// The natural logarithm of normal positive numbers; NaN stays NaN. Polynomial: Cephes, logf.
+MASKDIFF_INLINE Vector log(Vector x) {
+  const Integers exponent = Integers(Words(x) - 0x3F3504F3u) >> 23;  // leaves a mantissa in [sqrt(1/2), sqrt(2))
+  const Vector part = Vector(Words(x) - (Words(exponent) << 23)) - 1.0f, square = part * part;
+  Vector y = 7.0376836292e-2f * part - 1.1514610310e-1f;
+  y = y * part + 1.1676998740e-1f;
+  y = y * part - 1.2420140846e-1f;
+  y = y * part + 1.4249322787e-1f;
+  y = y * part - 1.6668057665e-1f;
+  y = y * part + 2.0000714765e-1f;
+  y = y * part - 2.4999993993e-1f;
+  y = y * part + 3.3333331174e-1f;
+  const Vector count = __builtin_convertvector(exponent, Vector);
+  y = part * square * y - 2.12194440e-4f * count - 0.5f * square;
+  return select(x == x, (part + y) + 0.693359375f * count, x);
+}
+
+}  // namespace
+}  // namespace ISA
+}  // namespace maskdiff
