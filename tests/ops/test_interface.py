@@ -177,7 +177,7 @@ def test_choice(monkeypatch):
     monkeypatch.setenv("MASKDIFF_KERNELS", "fast")
     with pytest.raises(ValueError, match="^MASKDIFF_KERNELS: got 'fast', draw_batch takes auto or one of cpp, ref"):
         draw()
-    with pytest.raises(ValueError, match="^op: got 'sum', takes one of draw_batch"):
+    with pytest.raises(ValueError, match="^op: got 'sum', takes one of attention, draw_batch"):
         mk.backends("sum")
 
 
