@@ -66,6 +66,18 @@ def test_equals_torch_adamw_and_ema(decay_all, clip):
         torch.testing.assert_close(averaged[name], ema[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_gradient_below_the_bound_is_left_alone():
+    """Scaled up to the bound it would hardly change AdamW's steps, but it would change the moments."""
+    moments = []
+    for clip in (None, 1e3):
+        state = FlatState(Net(), OptimConfig())
+        backward(state.model, 0)
+        norm, _ = adamw_ema(state, state.gradients(), Hyper(1e-2, clip))
+        assert clip is None or norm < clip
+        moments.append(state.exp_avg)
+    assert torch.equal(*moments)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nonfinite_gradient_changes_nothing_but_the_count(bad, dtype):
