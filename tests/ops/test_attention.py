@@ -1,100 +1,499 @@
-"""attention on the CPU: the fp64 rule at every length, ragged against one by one, the same bits twice, errors."""
+"""attention: fp64 truth of the output and its gradient, ragged against one by one, layouts, the same bits, errors."""
+
+import ctypes
+import functools
+import inspect
+import itertools
+import os
+import shutil
+import subprocess
+import types
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import opcheck
 
-from maskdiff_kernels import attention
-from maskdiff_kernels.library import cpu_levels, use_cpu_level
+import maskdiff_kernels as mk
+from maskdiff_kernels import dispatch, library
+from maskdiff_kernels.ops.attention import cpp, cuda, sdpa, xformers
+from maskdiff_kernels.ops.attention import op as attention_op
 
-LENGTHS = [1, 2, 15, 16, 17, 25, 27, 31, 32, 33, 49, 63, 64, 65, 77, 100, 127, 129, 144, 196, 255, 257, 417]
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LENGTHS = [1, 2, 15, 16, 17, *range(25, 34), 49, *range(63, 67), 77, 100, *range(127, 131), 144, 196, *range(255, 259)]
+LENGTHS.append(417)
+WIDTHS = {32: (1, 17, 33, 130), 64: LENGTHS, 128: (2, 27, 65, 129)}
+MIXES = [[0, 5, 0, 33, 1, 0, 17], [27] * 4, [3, 2, 300, 4, 1], [2, 65, 64, 66, 63], [0, 0], []]
+OTHERS = ["sdpa", "explicit"]
 
 
-def plain(qkv, scale=None):
-    """softmax(scale q k^T) v of [B, L, 3, H, d], in its own dtype."""
+@pytest.fixture(params=["reference", *OTHERS, *(f"cpp-{name}" for name in library.cpu_levels())])
+def implementation(request):
+    """Each value of `backend` that can run here; C++ at each instruction set."""
+    backend, _, name = request.param.partition("-")
+    with library.use_cpu_level(name or library.cpu_level()):
+        yield backend
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def plain(qkv: Tensor, scale: float | None = None) -> Tensor:  # [B, L, 3, H, d] -> [B, L, H * d]
+    """Attention as one would write it in PyTorch, in the input's dtype."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    scores = (q @ k.transpose(-1, -2)) * (scale or qkv.shape[-1] ** -0.5)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    scores = q @ k.transpose(-2, -1) * (qkv.shape[-1] ** -0.5 if scale is None else scale)
+    return (torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2)
 
 
-def both(function, qkv, grad):
-    leaf = qkv.detach().clone().requires_grad_()
-    out = function(leaf)
-    (gradient,) = torch.autograd.grad(out, leaf, grad.to(out.dtype))
-    return out.detach().double(), gradient.double()
+def builtin(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """The same by PyTorch's own function."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
-def check(qkv, **options):
-    grad = torch.randn(*qkv.shape[:2], qkv.shape[3] * qkv.shape[4]).to(qkv.dtype)
-    truth = both(plain, qkv.double(), grad)
-    same = both(plain, qkv, grad)
-    ours = both(lambda x: attention(x, backend="cpp", **options), qkv, grad)
-    for name, factor, a, b, t in zip(("output", "gradient"), (2, 3), ours, same, truth, strict=True):
-        allowed = factor * (b - t).abs().max() + torch.finfo(qkv.dtype).eps * t.abs().max()
-        assert (a - t).abs().max() <= allowed, f"{name}: {(a - t).abs().max():.2e}, allowed {allowed:.2e}"
+def ragged(qkv: Tensor, lengths: Sequence[int], one=plain) -> Tensor:  # [T, 3, H, d] -> [T, H * d]
+    """One sequence at a time."""
+    return torch.cat([qkv[:0].sum(1).flatten(1), *(one(part[None])[0] for part in qkv.split(list(lengths)))])
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+def both(function, qkv: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """The output of a function of qkv, and the gradient of qkv."""
+    qkv = qkv.detach().requires_grad_()
+    out = function(qkv)
+    return out.detach(), torch.autograd.grad(out, qkv, grad_out)[0]
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fp64_rule_at_every_length(length, dtype):
-    check(torch.randn(2, length, 3, 2, 64).to(dtype))
+def check(
+    qkv: Tensor,
+    grad_out: Tensor,
+    got: tuple[Tensor, Tensor],
+    lengths: Sequence[int] | None = None,
+    scale: float | None = None,
+    backend: str = "",
+) -> None:
+    """Errors at most twice (gradients: three times) those of plain PyTorch in the same dtype, plus one rounding."""
 
+    def run(one, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = functools.partial(one, scale=scale)
+        return both(lambda y: scaled(y) if lengths is None else ragged(y, lengths, scaled), x, grad)
 
-@pytest.mark.parametrize("dim", [32, 64, 128])
-@pytest.mark.parametrize("level", cpu_levels())
-def test_every_width_and_instruction_set(dim, level):
-    with use_cpu_level(level):
-        check(torch.randn(2, 65, 3, 3, dim))
-
-
-def test_ragged_equals_one_by_one():
-    lengths = [0, 5, 64, 0, 17, 17, 130, 1]
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    qkv, grad = torch.randn(sum(lengths), 3, 2, 64), torch.randn(sum(lengths), 128)
-    out, gradient = both(lambda x: attention(x, cu, 130, backend="cpp"), qkv, grad)
-    for first, last in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
-        if first == last:
+    truth = run(plain, qkv.double(), grad_out.double())
+    # "sdpa" is plain PyTorch too, less exact than explicit products where one key has all: it is held to both
+    peers = [run(one, qkv, grad_out) for one in ((plain, builtin) if backend == "sdpa" else (plain,))]
+    for i, (name, factor) in enumerate((("out", 2), ("grad", 3))):
+        exact, kernel = truth[i], got[i]
+        assert kernel.dtype == qkv.dtype and kernel.shape == exact.shape
+        if exact.numel() == 0:
             continue
-        alone = both(lambda x: attention(x, backend="cpp"), qkv[None, first:last], grad[None, first:last])
-        assert torch.equal(out[first:last], alone[0][0]) and torch.equal(gradient[first:last], alone[1][0])
+        error, *peer_errors = ((x.double() - exact).abs().max().item() for x in (kernel, *(peer[i] for peer in peers)))
+        rounding = torch.finfo(qkv.dtype).eps / 2 * exact.abs().max().item()
+        shape = lengths or list(qkv.shape)
+        print(f"{shape} {qkv.dtype} {name}: {error:.2e}, plain PyTorch {max(peer_errors):.2e}, rounding {rounding:.2e}")
+        assert error <= factor * max(peer_errors) + rounding  # false for NaN
 
 
-def test_strided_input_is_read_in_place():
-    wide = torch.randn(3, 40, 2, 3, 2, 64)
-    check(wide[:, 3:36, 1])
+def attend(backend: str, lengths: Sequence[int] | None = None, **options):
+    """The op as a function of qkv alone."""
+    if lengths is not None:
+        options |= {"cu_seqlens": offsets(lengths), "max_seqlen": options.get("max_seqlen", max(lengths, default=0))}
+    return functools.partial(mk.attention, backend=backend, **options)
 
 
-def test_same_bits_twice_and_for_any_thread_count():
-    qkv, grad = torch.randn(3, 129, 3, 2, 64), torch.randn(3, 129, 128)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(both(lambda x: attention(x, backend="cpp"), qkv, grad))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
+# ---- truth ----
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "explicit", "reference"])
-def test_other_choices_agree(backend):
-    qkv, grad = torch.randn(2, 33, 3, 2, 64), torch.randn(2, 33, 128)
-    ours, other = (both(lambda x, b=b: attention(x, backend=b), qkv, grad) for b in ("cpp", backend))
-    for a, b in zip(ours, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.usefixtures("poisoned")
+def test_against_float64(implementation, width, dtype):
+    for length in WIDTHS[width] if implementation not in OTHERS else WIDTHS[width][:5]:
+        qkv = random(2, length, 3, 5, width, dtype=dtype)
+        grad_out = random(2, length, 5 * width, dtype=dtype, seed=1)
+        check(qkv, grad_out, both(attend(implementation), qkv, grad_out), backend=implementation)
 
 
-def test_errors_and_second_derivatives():
-    qkv = torch.randn(2, 4, 3, 2, 64, requires_grad=True)
-    with pytest.raises((ValueError, TypeError), match="max_seqlen"):
-        attention(torch.randn(4, 3, 2, 64), torch.tensor([0, 4], dtype=torch.int32))
-    with pytest.raises((ValueError, TypeError), match="48"):
-        attention(torch.randn(2, 4, 3, 2, 48))
-    (grad,) = torch.autograd.grad(attention(qkv).square().sum(), qkv)
-    assert torch.isfinite(grad).all()
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(attention(qkv).square().sum(), qkv, create_graph=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_sum_exp(level, dtype):
+    """What other implementations' backward would read: [H, T], the natural logarithm."""
+    for backend, length in itertools.product(("cpp", "reference"), (1, 17, 65, 257)):
+        qkv = random(3, length, 3, 2, 64, dtype=dtype)
+        lse = torch.ops.maskdiff.attention.default(qkv, None, None, None, backend)[1]
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+        exact, other = ((q.to(t) @ k.to(t).mT * 64**-0.5).logsumexp(-1) for t in (torch.float64, torch.float32))
+        exact, other = (x.transpose(0, 1).flatten(1) for x in (exact, other))  # [H, B * L]
+        peer_error, rounding = (other - exact).abs().max(), 2**-24 * exact.abs().max()
+        assert (lse - exact).abs().max() <= 2 * peer_error + rounding
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, -0.7])
+def test_scale(implementation, scale):
+    qkv, grad_out = random(2, 37, 3, 3, 32), random(2, 37, 96, seed=1)
+    got = both(attend(implementation, scale=scale), qkv, grad_out)
+    check(qkv, grad_out, got, scale=scale, backend=implementation)
+
+
+def test_one_key_has_all(implementation):
+    """Scores of hundreds: no exponential overflows, no row is lost, and keys that are not there do not count."""
+    for sign, length in itertools.product((1, -1), (2, 9, 17, 33)):
+        qkv, grad_out = random(1, length, 3, 2, 64), random(1, length, 128, seed=1)
+        qkv[:, :, 0], qkv[:, :, 1] = 5.0, sign * 5.0
+        qkv[:, 0, 1] += 1.0  # scores of 200 or -200, key 0's 40 more
+        out, grad = both(attend(implementation), qkv, grad_out)
+        assert torch.equal(out, qkv[:, :1, 2].flatten(2).expand_as(out))
+        expected = torch.zeros_like(grad)
+        expected[:, 0, 2] = grad_out.double().sum(1).unflatten(1, (2, 64))
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_not_a_number_stays_in_its_sequence(implementation):
+    lengths = [5, 40, 0, 3]
+    qkv, grad_out = random(48, 3, 2, 64), random(48, 128, seed=1)
+    qkv[20, 1, 0, 7] = torch.nan  # a key of sequence 1, head 0
+    got = both(attend(implementation, lengths), qkv, grad_out)
+    clean = torch.ones(48, 2, dtype=torch.bool)
+    clean[5:45, 0] = False
+    assert torch.equal(got[0].view(48, 2, 64).isnan().any(-1), ~clean)
+    assert torch.equal(got[1].isnan().any(-1).any(1), ~clean)
+
+
+# ---- ragged ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned")
+def test_ragged_is_one_by_one(implementation, dtype):
+    for lengths in MIXES:
+        qkv = random(sum(lengths), 3, 3, 64, dtype=dtype)
+        grad_out = random(sum(lengths), 192, dtype=dtype, seed=1)
+        out, grad = both(attend(implementation, lengths), qkv, grad_out)
+        check(qkv, grad_out, (out, grad), lengths, backend=implementation)
+        if implementation == "cpp":
+            alone = [
+                both(attend(implementation), part[None], grad_part[None])
+                for part, grad_part in zip(qkv.split(lengths), grad_out.split(lengths), strict=True)
+            ]
+            assert torch.equal(out, torch.cat([out[:0], *(x[0] for x, _ in alone)]))
+            assert torch.equal(grad, torch.cat([grad[:0], *(x[0] for _, x in alone)]))
+            again = both(attend(implementation, lengths, max_seqlen=417), qkv, grad_out)
+            assert torch.equal(again[0], out) and torch.equal(again[1], grad)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_nothing_to_do(implementation, shape):
+    out, grad = both(attend(implementation), random(*shape, 3, 2, 32), random(*shape, 64))
+    assert out.shape == (*shape, 64) and grad.shape == (*shape, 3, 2, 32)
+
+
+# ---- layouts, determinism ----
+
+
+def layouts(dtype: torch.dtype) -> list[Tensor]:
+    """[2, 33, 3, 4, 64] in several strides, the last dimension dense."""
+    return [
+        random(2, 40, 3, 4, 64, dtype=dtype)[:, 3:36],
+        random(2, 33, 3, 5, 80, dtype=dtype)[:, :, :, 1:, 7:71],
+        random(3, 2, 4, 33, 64, dtype=dtype).permute(1, 3, 0, 2, 4),
+        random(2, 33, 4, 3, 64, dtype=dtype).transpose(2, 3),
+        random(1, 33, 3, 1, 64, dtype=dtype).expand(2, 33, 3, 4, 64),
+        random(33, 2, 3, 4, 64, dtype=dtype).transpose(0, 1),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned")
+def test_strides(level, dtype):
+    grads = [
+        random(2, 33, 256, dtype=dtype, seed=1),
+        random(2, 33, 300, dtype=dtype, seed=1)[..., 5:261],
+        random(33, 2, 256, dtype=dtype, seed=1).transpose(0, 1),
+        random(2, 256, 33, dtype=dtype, seed=1).mT,  # not dense
+        torch.ones(1, 1, 1, dtype=dtype).expand(2, 33, 256),  # as sum() gives it
+    ]
+    for qkv in layouts(dtype):
+        for grad_out in grads:
+            got = both(attend("cpp"), qkv, grad_out)
+            dense = both(attend("cpp"), qkv.contiguous(), grad_out.contiguous())
+            assert torch.equal(got[0], dense[0]) and torch.equal(got[1], dense[1])
+        got = both(attend("cpp", [33]), qkv[1], grads[1][1])
+        dense = both(attend("cpp", [33]), qkv[1].contiguous(), grads[1][1].contiguous())
+        assert torch.equal(got[0], dense[0]) and torch.equal(got[1], dense[1])
+
+
+@pytest.mark.parametrize("backend", ["reference", *OTHERS])
+def test_strides_of_other_implementations(backend):
+    for qkv in layouts(torch.float32):
+        grad_out = random(2, 33, 300, seed=1)[..., 5:261]
+        check(qkv, grad_out, both(attend(backend), qkv, grad_out), backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("threads")
+def test_same_bits_twice_and_on_any_number_of_threads(level, dtype):
+    for lengths in ([27] * 5, [3, 200, 0, 65, 1]):
+        qkv = random(sum(lengths), 3, 3, 64, dtype=dtype)
+        grad_out = random(sum(lengths), 192, dtype=dtype, seed=1)
+        results = []
+        for threads in (1, 1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(both(attend("cpp", lengths), qkv, grad_out))
+        for out, grad in results[1:]:
+            assert torch.equal(out, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+def test_what_is_kept_for_the_backward():
+    qkv = random(2, 33, 3, 4, 64).requires_grad_()
+    kept = {tuple(tensor.shape) for tensor in mk.attention(qkv).grad_fn.saved_tensors}
+    assert kept == {(2, 33, 3, 4, 64), (2, 33, 256), (4, 66)}
+    assert mk.attention(qkv.detach()).grad_fn is None
+
+
+# ---- code for other processors ----
+
+
+def check_cpp(products: str) -> None:
+    """The C++ by its module, bfloat16 multiplied in a given way: lengths with and without tails, equal and ragged."""
+    for width, lengths in ((32, (33,)), (64, (2, 3, 15, 16, 17, 27, 32, 33, 64, 65, 66, 129, 257)), (128, (34,))):
+        scale = width**-0.5
+        for length in lengths:
+            qkv = random(2, length, 3, 4, width, dtype=torch.bfloat16)
+            grad_out = random(2, length, 4 * width, dtype=torch.bfloat16, seed=1)
+            out, lse = cpp.run(qkv, None, None, scale, products)
+            grad = cpp.run_backward(grad_out, qkv, out, lse, None, None, scale, products)
+            check(qkv, grad_out, (out, grad))
+            mix = [length, 0, 1, length - 1]
+            packed, packed_grad = qkv.flatten(0, 1), grad_out.flatten(0, 1)
+            options = offsets(mix), length, scale, products
+            part, lse = cpp.run(packed, *options)
+            grad_part = cpp.run_backward(packed_grad, packed, part, lse, *options)
+            assert torch.equal(part[:length], out[0]) and torch.equal(grad_part[:length], grad[0])
+            check(packed, packed_grad, (part, grad_part), mix)
+
+
+@pytest.mark.parametrize("products", ["pairs", "widened"])
+@pytest.mark.usefixtures("poisoned")
+def test_products_of_bfloat16(level, products):
+    """pairs: the code of AVX-512-BF16, its one instruction done in steps elsewhere. widened: what the others do."""
+    check_cpp(products)
+
+
+ENTRY = """// attention at vectors of another width, for a test
+#include "cpu/ops.h"
+extern "C" __attribute__((visibility("default"))) int maskdiff_cpu_attention(
+    const maskdiff_attention_input* input, float scale, void* out, float* lse, int threads) {
+  return maskdiff::wide::attention(input, scale, out, lse, threads);
+}
+extern "C" __attribute__((visibility("default"))) int maskdiff_cpu_attention_backward(
+    const maskdiff_attention_input* input, float scale, const float* lse, const void* grad_out, int64_t sequence_stride,
+    int64_t token_stride, void* grad_qkv, int threads) {
+  return maskdiff::wide::attention_backward(input, scale, lse, grad_out, sequence_stride, token_stride, grad_qkv,
+                                            threads);
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+@pytest.mark.usefixtures("poisoned")
+def test_vectors_of_sixteen(tmp_path, monkeypatch):
+    """The code of AVX-512, its sixteen lanes made of narrower vectors: on any processor."""
+    (tmp_path / "entry.cpp").write_text(ENTRY)
+    flags = "-O1 -std=c++17 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
+    command = ["c++", *flags.split(), "-DISA=wide", "-DMASKDIFF_WIDTH=16", "-I", str(ROOT / "csrc")]
+    if library.cpu_level() != "baseline":
+        command += ["-mavx2", "-mfma"]
+    sources = [str(ROOT / "csrc" / "cpu" / "attention.cpp"), str(tmp_path / "entry.cpp")]
+    subprocess.run([*command, *sources, "-o", str(tmp_path / "wide.so")], check=True)
+    wide = ctypes.CDLL(str(tmp_path / "wide.so"))
+    monkeypatch.setattr(library, "cpu", lambda: wide)
+    for products in ("pairs", "widened"):
+        check_cpp(products)
+    for width, length in itertools.product((32, 64, 128), (1, 15, 16, 17, 33, 65, 257)):
+        qkv, grad_out = random(2, length, 3, 4, width), random(2, length, 4 * width, seed=1)
+        out, lse = cpp.run(qkv, None, None, width**-0.5)
+        grad = cpp.run_backward(grad_out, qkv, out, lse, None, None, width**-0.5)
+        check(qkv, grad_out, (out, grad))
+
+
+# ---- as PyTorch sees it ----
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference", *OTHERS])
+@pytest.mark.parametrize("lengths", [None, [5, 0, 12]])
+def test_opcheck(backend, lengths):
+    op, backward = torch.ops.maskdiff.attention.default, torch.ops.maskdiff.attention_backward.default
+    packing = (None, None) if lengths is None else (offsets(lengths), 12)
+    shape = (17,) if lengths else (2, 9)
+    strided = random(*shape, 3, 4, 64)[..., 1:, :32]
+    for qkv, scale in ((strided, None), (strided.bfloat16().requires_grad_(), 0.5), (strided[:0], None)):
+        if qkv.numel() == 0 and lengths:
+            packing = (offsets([0, 0]), 3)
+        opcheck(op, (qkv, *packing, scale, backend))
+        out, lse = op(qkv.detach(), *packing, scale, backend)
+        opcheck(backward, (torch.ones_like(out), qkv.detach(), out, lse, *packing, scale, backend))
+
+
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("lengths", [None, [20, 0, 13]])
+def test_fullgraph_compile(compiler, lengths):
+    layer = torch.nn.Linear(128, 3 * 128)
+
+    def step(x, cu_seqlens):
+        qkv = layer(x).unflatten(-1, (3, 2, 64))
+        return mk.attention(qkv, cu_seqlens, None if cu_seqlens is None else 33).square().mean()
+
+    torch._dynamo.reset()
+    x = random(33, 128) if lengths else random(2, 33, 128)
+    results = []
+    for run in (torch.compile(step, fullgraph=True, backend=compiler), step):
+        layer.zero_grad()
+        loss = run(x, offsets(lengths) if lengths else None)
+        loss.backward()
+        results.append((loss.detach(), layer.weight.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)  # the linear layer's rounding may differ
+
+
+def test_compile_for_any_length():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: mk.attention(x).sin(), fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (27, 33):
+        qkv, grad_out = random(2, length, 3, 2, 32), random(2, length, 64, seed=1)
+        got, expected = (both(run, qkv, grad_out) for run in (compiled, lambda x: mk.attention(x).sin()))
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(implementation, dtype):
+    qkv, grad_out = random(2, 9, 3, 2, 32, dtype=dtype), random(2, 9, 64, dtype=dtype, seed=1)
+    expected = both(attend(implementation), qkv, grad_out)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = both(attend(implementation), qkv, grad_out)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1]) and got[0].dtype == dtype
+
+
+def test_second_derivative_is_an_error(implementation):
+    qkv = random(2, 9, 3, 2, 32).requires_grad_()
+    out = mk.attention(qkv, backend=implementation)
+    with pytest.raises(RuntimeError, match="attention has no second derivative"):
+        torch.autograd.grad(out.sum(), qkv, create_graph=True)
+
+
+def test_the_registered_op_does_not_pass_for_differentiable(implementation):
+    qkv = random(2, 9, 3, 2, 32).requires_grad_()
+    out, _ = torch.ops.maskdiff.attention.default(qkv, None, None, None, implementation)
+    assert not out.requires_grad
+
+
+# ---- errors ----
+
+GOOD = random(12, 3, 2, 32)
+CU = offsets([5, 7])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference", *OTHERS])
+@pytest.mark.parametrize(
+    ("error", "message", "qkv", "options"),
+    [
+        (TypeError, r"^qkv: got torch.float64, takes float32, bfloat16", random(2, 5, 3, 2, 32).double(), {}),
+        (ValueError, r"^qkv: got shape \[12, 3, 2, 32\], takes .*\[B, L, 3, H, d\]", GOOD, {}),
+        (ValueError, r"^qkv: got shape \[2, 5, 2, 2, 32\]", random(2, 5, 2, 2, 32), {}),
+        (ValueError, r"^qkv: got 2 heads of width 48, takes .* 32, 64 or 128", random(2, 5, 3, 2, 48), {}),
+        (ValueError, r"^qkv: got 0 heads", random(2, 5, 3, 0, 32), {}),
+        (ValueError, r"^qkv: got strides .*dense last", random(2, 5, 3, 32, 32).mT, {}),
+        (ValueError, r"^qkv: got shape .*takes .*\[T, 3, H, d\]", random(2, 6, 3, 2, 32), {"cu_seqlens": CU}),
+        (ValueError, r"^scale: got inf, takes a finite", random(2, 5, 3, 2, 32), {"scale": float("inf")}),
+        (ValueError, r"^max_seqlen: got 5 without cu_seqlens", random(2, 5, 3, 2, 32), {"max_seqlen": 5}),
+        (ValueError, r"^max_seqlen: got None beside cu_seqlens", GOOD, {"cu_seqlens": CU}),
+        (ValueError, r"^max_seqlen: got 6, takes at least 7", GOOD, {"cu_seqlens": CU, "max_seqlen": 6}),
+        (TypeError, r"^cu_seqlens: got torch.int64", GOOD, {"cu_seqlens": CU.long(), "max_seqlen": 7}),
+        (ValueError, r"^cu_seqlens: got shape \[2, 2\]", GOOD, {"cu_seqlens": CU[:2].expand(2, 2), "max_seqlen": 7}),
+        (ValueError, r"^cu_seqlens: got no number", GOOD, {"cu_seqlens": CU[:0], "max_seqlen": 7}),
+        (ValueError, r"^cu_seqlens: got 0 to 5, takes .* to 12", GOOD, {"cu_seqlens": CU[:2], "max_seqlen": 7}),
+        (ValueError, r"^cu_seqlens: got 5 to 12", GOOD, {"cu_seqlens": CU[1:], "max_seqlen": 7}),
+        (ValueError, r"^cu_seqlens: .*never fall", GOOD, {"cu_seqlens": CU[[0, 2, 1, 2]], "max_seqlen": 12}),
+        (ValueError, r"^cu_seqlens: got 0 to 0", GOOD, {"cu_seqlens": CU[:1], "max_seqlen": 12}),
+    ],
+)
+def test_errors(backend, error, message, qkv, options):
+    with pytest.raises(error, match=message):
+        mk.attention(qkv, **options, backend=backend)
+
+
+def test_errors_of_the_backward():
+    backward, qkv = torch.ops.maskdiff.attention_backward.default, random(2, 5, 3, 2, 32)
+    out, lse = torch.ops.maskdiff.attention.default(qkv, None, None, None, "cpp")
+    rest = (None, None, None, "cpp")
+    with pytest.raises(TypeError, match=r"^grad_out: got torch.bfloat16"):
+        backward(out.bfloat16(), qkv, out, lse, *rest)
+    with pytest.raises(ValueError, match=r"^grad_out: got shape \[1, 5, 64\]"):
+        backward(out[:1], qkv, out, lse, *rest)
+    with pytest.raises(ValueError, match=r"^lse: got shape \[2, 5\]"):
+        backward(out, qkv, out, lse[:, :5].contiguous(), *rest)
+
+
+# ---- choice ----
+
+
+def test_choice():
+    assert list(mk.backends("attention")) == ["cuda", "cpp", "sdpa", "reference", "explicit", "xformers"]
+    assert dispatch.choice("attention", "cpu") == os.environ.get("MASKDIFF_KERNELS", "cpp")
+    with pytest.raises(ValueError, match="^backend: got 'flash', attention takes auto or one of cuda, cpp, sdpa"):
+        mk.attention(random(2, 5, 3, 2, 32), backend="flash")
+    for name in ("cuda", "xformers"):
+        with pytest.raises(ValueError, match=f"^backend: '{name}' of attention takes cuda tensors, not cpu"):
+            mk.attention(random(2, 5, 3, 2, 32), backend=name)
+
+
+def test_where_cuda_cannot_another_runs(monkeypatch):
+    """Its kernels have limits of length, width and dtype: auto goes on with PyTorch's own, a request is an error."""
+    monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "choose", lambda op, device, backend: cuda)
+    short, long = random(1, 5, 3, 2, 64, dtype=torch.bfloat16), random(1, 300, 3, 2, 64, dtype=torch.bfloat16)
+    chosen = [attention_op._choose(x, None, x.shape[1], "auto") for x in (short, long, short.float())]
+    assert chosen == [cuda, sdpa, sdpa]
+    assert attention_op._choose(long, None, 300, "cuda") is cuda
+    with pytest.raises(ValueError, match="^backend: 'cuda' of attention takes at most 288 tokens, not 300"):
+        cuda.run(long, None, None, 0.125)
+
+
+def test_xformers_adapter(monkeypatch):
+    """The adapter's own work, with a stand-in that has the package's signature and no kernels."""
+
+    class BlockDiagonalMask:
+        @classmethod
+        def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
+            mask = cls()
+            mask.lengths = q_seqlen
+            return mask
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
+        qkv = torch.stack((query, key, value), 2)  # [B, L, 3, H, d]
+        parts = [qkv] if attn_bias is None else qkv.split(attn_bias.lengths, dim=1)
+        return torch.cat([plain(part, scale) for part in parts], 1).unflatten(2, query.shape[2:])
+
+    bias = types.SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask)
+    stand_in = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention, attn_bias=bias)
+    monkeypatch.setattr(xformers, "fmha", lambda: stand_in)
+    for lengths in (None, [5, 0, 12], [0, 0]):
+        shape, packing = ((2, 9), (None, None)) if lengths is None else ((sum(lengths),), (offsets(lengths), 12))
+        qkv, grad_out = random(*shape, 3, 2, 64), random(*shape, 128, seed=1)
+        out, lse = xformers.run(qkv, *packing, 0.125)
+        grad = xformers.run_backward(grad_out, qkv, out, lse, *packing, 0.125)
+        check(qkv, grad_out, (out, grad), lengths)
+
+
+def test_xformers_signatures():
+    """The real package takes what the adapter gives it. Its kernels need a GPU."""
+    fmha = pytest.importorskip("xformers.ops.fmha")
+    q = random(1, 17, 2, 64)
+    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens([5, 12], device=q.device)
+    inspect.signature(fmha.memory_efficient_attention).bind(q, q, q, attn_bias=mask, scale=0.125)
+    assert [part.shape[1] for part in mask.split(q)] == [5, 12]
