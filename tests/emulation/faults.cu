@@ -80,6 +80,19 @@ FAULT(copy_not_committed) {
   out[p.at] = values[p.t];
 }
 
+FAULT(copy_read_early) { // the old bytes are the new ones: only who counts on neither notices
+  Place p;
+  SHARED(uint32_t, values, N);
+  values[p.t] = in[p.at];
+  sync_block();
+  if (p.t < N / 4) copy_async16(values + 4 * p.t, in + block_x() * N + 4 * p.t);
+  copy_commit();
+  if (!planted) copy_wait<0>();
+  sync_block();
+  out[p.at] = values[p.t];
+  copy_wait<0>();
+}
+
 FAULT(uninitialised_shared) { // in the first block the memory is fresh, in others it holds what a block before left
   Place p;
   SHARED(uint32_t, values, N);
@@ -207,6 +220,7 @@ int run(int number, unsigned blocks, const uint32_t* in, uint32_t* out) {
     CASE(15, copy_outside_shared);
     CASE(16, pool_overrun);
     CASE(17, blocks_talk);
+    CASE(18, copy_read_early);
     default: return -1;
   }
 }

@@ -53,6 +53,7 @@ FAULTS = (
     Fault("copy_outside_shared", IN, error="copy_async16, line .*not in shared memory"),
     Fault("pool_overrun", IN[:, MIRROR], error="array 0 of the pool ends at byte 272, the launch gave 256"),
     Fault("blocks_talk", IN, thread=True),
+    Fault("copy_read_early", IN, numbers=True),
 )
 RUN_ONE = """
 import sys, ctypes, numpy as np, conformance
