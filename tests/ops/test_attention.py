@@ -332,7 +332,8 @@ def test_opcheck(backend, lengths):
     packing = (None, None) if lengths is None else (offsets(lengths), 12)
     shape = (17,) if lengths else (2, 9)
     strided = random(*shape, 3, 4, 64)[..., 1:, :32]
-    for qkv, scale in ((strided, None), (strided.bfloat16().requires_grad_(), 0.5), (strided[:0], None)):
+    empty = random(0, *shape[1:], 3, 4, 64)
+    for qkv, scale in ((strided, None), (strided.bfloat16().requires_grad_(), 0.5), (empty, None)):
         if qkv.numel() == 0 and lengths:
             packing = (offsets([0, 0]), 3)
         opcheck(op, (qkv, *packing, scale, backend))

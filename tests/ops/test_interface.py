@@ -37,7 +37,14 @@ def draw(backend: str = "auto") -> mk.Batch:
 # ---- the interface ----
 
 
-@pytest.mark.parametrize(("name", "struct"), [("draw", structs.DrawStruct), ("samples", structs.SamplesStruct)])
+STRUCTS = {
+    "draw": structs.DrawStruct,
+    "samples": structs.SamplesStruct,
+    "attention_input": structs.AttentionStruct,
+}
+
+
+@pytest.mark.parametrize(("name", "struct"), STRUCTS.items())
 def test_structs_are_those_of_the_header(name, struct):
     text = re.sub(r"//.*", "", HEADER.read_text())
     body = re.search(r"typedef struct \{([^}]*)\} maskdiff_" + name + ";", text)
@@ -51,7 +58,7 @@ def test_structs_are_those_of_the_header(name, struct):
 def test_codes_are_those_of_the_header():
     codes = {name: int(value) for name, value in re.findall(r"MASKDIFF_(\w+) = (\d+)", HEADER.read_text())}
     expected = {name: getattr(structs, name) for name in ("OK", "BAD_RANGE", "NO_MEMORY", "BAD_OPTION")}
-    for table in (structs.DTYPES, structs.MASKS, structs.TARGETS):
+    for table in (structs.DTYPES, structs.MASKS, structs.TARGETS, structs.PRODUCTS):
         expected |= {str(key).removeprefix("torch.").upper(): code for key, code in table.items()}
     assert {name: codes.get(name) for name in expected} == expected
     assert int(re.search(r"MASKDIFF_ABI (\d+)", HEADER.read_text())[1]) == library.ABI

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -110,9 +111,16 @@ def _choose(qkv: Tensor, cu_seqlens: Tensor | None, length: int, backend: str) -
     return chosen
 
 
+def _as_given(device: torch.device) -> AbstractContextManager:
+    """Keeps autocast out of the PyTorch products inside an op: the dtype is the input's."""
+    active = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if active else nullcontext()
+
+
 def _run(qkv, cu_seqlens, max_seqlen, scale, backend):
     length, scale = _check(qkv, cu_seqlens, max_seqlen, scale)
-    return _choose(qkv, cu_seqlens, length, backend).run(qkv, cu_seqlens, max_seqlen, scale)
+    with _as_given(qkv.device):
+        return _choose(qkv, cu_seqlens, length, backend).run(qkv, cu_seqlens, max_seqlen, scale)
 
 
 def _fake(qkv, cu_seqlens, max_seqlen, scale, backend):
@@ -130,7 +138,8 @@ def _run_backward(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, scale, backen
     lse_shape = (heads, math.prod(qkv.shape[:-3]))
     checks.tensor("lse", lse, "float32 [H, T]", torch.float32, lse_shape, qkv.device)
     chosen = _choose(qkv, cu_seqlens, length, backend)
-    return chosen.run_backward(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, scale)
+    with _as_given(qkv.device):
+        return chosen.run_backward(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, scale)
 
 
 def _fake_backward(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, scale, backend):
