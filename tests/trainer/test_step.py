@@ -90,7 +90,9 @@ def check_steps(mask, target, min_snr, dtype):
             allowed = 3 * error(plain_grads[name], truth) + unit * truth.abs().max().item()
             got = error(grads[name], truth)
             assert got <= allowed, f"{name}: error {got:.2e}, allowed {allowed:.2e}"
+        before = state.sample
         train_step(state, source, objective, mask, SEED, BATCH, Hyper(1e-2, 1.0))
+        assert state.sample == before + BATCH  # the next step sees new samples
 
 
 @pytest.mark.parametrize("split", [(8,), (4, 4), (1, 7)])
