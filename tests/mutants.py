@@ -30,6 +30,7 @@ COPIED = (
 )
 TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them hang is noticed
 
+ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
 PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
 
