@@ -51,6 +51,21 @@ class AttentionStruct(ctypes.Structure):
     )
 
 
+class AdamwStruct(ctypes.Structure):
+    """maskdiff_adamw."""
+
+    _fields_ = _fields(
+        "master exp_avg exp_avg_sq ema ema2 low adam_step ema_step hyper grads grad_dtypes offsets sizes decays",
+        "segments low_size low_dtype",
+    )
+
+
+class AdamwNumbersStruct(ctypes.Structure):
+    """maskdiff_adamw_numbers."""
+
+    _fields_ = [(name, ctypes.c_double) for name in "beta1 beta2 eps weight_decay ema_decay ema2_decay".split()]
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
