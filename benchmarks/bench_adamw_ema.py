@@ -1,9 +1,9 @@
 """adamw_ema: GB/s beside its twin, PyTorch's fused AdamW, and a plain copy of memory. See conftest.py.
 
-The bytes are those an update must move: of a parameter, the gradient twice (once for the norm), masters, moments and the
-average in and out, the low-precision copy out. celeba64's 44 million parameters in 160 tensors; with "bf16" gradients and
-the copy are bfloat16. "torch" is the op's other implementation, "fused" what a trainer without it does: gradient norm and
-clipping, torch.optim.AdamW(fused=True), an average by foreach, a cast by copying. "copy" copies as many bytes.
+The bytes are those an update must move: of a parameter, the gradient twice (once for the norm), masters, moments and
+the average in and out, the low-precision copy out. celeba64's 44 million parameters in 160 tensors; with "bf16" the
+gradients and the copy are bfloat16. "torch" is one more implementation, "fused" what a trainer without the op does:
+gradient norm and clipping, torch.optim.AdamW(fused=True), an average by foreach, a cast. "copy" copies as many bytes.
 """
 
 import pytest

@@ -206,6 +206,13 @@ MASKDIFF_API int maskdiff_cuda_attention_backward(const maskdiff_attention_input
                                                   const float* lse, const void* grad_out, int64_t grad_sequence_stride,
                                                   int64_t grad_token_stride, void* grad_qkv, int device, void* stream);
 
+// adamw_ema as the CPU library's; tables of segments in the host's memory, all else in the device's. The same bits every
+// time and on every GPU. workspace: as many doubles as maskdiff_cuda_adamw_ema_workspace says.
+// Errors: BAD_RANGE (no segment), BAD_OPTION.
+MASKDIFF_API int maskdiff_cuda_adamw_ema(const maskdiff_adamw* update, const maskdiff_adamw_numbers* numbers, float* norm,
+                                         float* skipped, double* workspace, int device, void* stream);
+MASKDIFF_API int maskdiff_cuda_adamw_ema_workspace(void);
+
 // Shared memory of a block for sequences of at most `length` tokens.
 MASKDIFF_API int64_t maskdiff_cuda_attention_shared_bytes(int64_t width, int64_t length, int backward);
 

@@ -21,6 +21,14 @@ struct AdamFactors {
   float to_ema[2];      // the share of the new weights in each average
 };
 
+// The norm of gradients whose squares have this sum; says whether it is finite, as a sum in float would be.
+MASKDIFF_HD bool finite_norm(double sum, float* norm) {
+  const float single = (float)sum;
+  const bool finite = (bits_of(single) & 0x7F800000u) != 0x7F800000u;
+  *norm = finite ? (float)__builtin_sqrt(sum) : single;
+  return finite;
+}
+
 // base^count by squaring: the same bits everywhere
 MASKDIFF_HD double power(double base, int64_t count) {
   double result = 1.0;

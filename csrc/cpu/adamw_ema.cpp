@@ -95,8 +95,7 @@ int adamw_ema(const maskdiff_adamw* a, const maskdiff_adamw_numbers* numbers, fl
   double sum = 0.0;
   for (int64_t c = 0; c < chunks; c++) sum += sums[c];
   free(sums);
-  const bool finite = __builtin_isfinite((float)sum);
-  *norm = finite ? (float)__builtin_sqrt(sum) : (float)sum;
+  const bool finite = finite_norm(sum, norm);
   *skipped = finite ? 0.0f : 1.0f;
   if (!finite) return MASKDIFF_OK;
   const AdamFactors factors = adam_factors(*numbers, a->hyper[0], a->hyper[1], *norm, *a->adam_step, *a->ema_step);

@@ -288,6 +288,16 @@ def test_the_compiled_code_leaves_gaps_and_gradients_alone(name):
 
 
 @every
+@pytest.mark.parametrize("length", [0, 1, 17, 18, 600, 700, 720])
+def test_the_copy_ends_where_it_ends(implementation, length):
+    """Also within a parameter; what lies behind it in memory is left alone."""
+    state, memory = make((17, 703)), torch.full((800,), 7.0, dtype=BF16)
+    state = dataclasses.replace(state, low=memory[:length])
+    mk.adamw_ema(state, gradients(state, 0), hyper(0), **NUMBERS, backend=implementation)
+    assert torch.equal(memory[:length], state.master[:length].bfloat16()) and (memory[length:] == 7).all()
+
+
+@every
 def test_one_average_or_two(implementation):
     """The second changes nothing else."""
     two = make((100, 30), BF16)

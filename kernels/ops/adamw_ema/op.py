@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskdiff_kernels import dispatch
-from maskdiff_kernels.ops.adamw_ema import cpp, fused, reference
+from maskdiff_kernels.ops.adamw_ema import cpp, cuda, fused, reference
 from maskdiff_kernels.ops.adamw_ema.state import SCHEMA, AdamState, Update, flatten
 from maskdiff_kernels.ops.registration import registered
 
@@ -35,7 +35,7 @@ def adamw_ema(
         betas, eps, weight_decay: AdamW's. Decay is that of the learning rate times the weight.
         ema_decay, ema2_decay: final decays of the averages. A decay rises to it as (1 + k) / (10 + k), k the updates
             that the average has seen, so that early averages are not stuck at the start.
-        backend: "auto", "cpp", "torch" or "reference".
+        backend: "auto", "cpp", "cuda", "torch" or "reference".
 
     Returns:
         - the norm of all gradients before clipping, [] float32.
@@ -64,4 +64,4 @@ def _fake(*arguments):
 
 
 _adamw_ema = registered("adamw_ema", f"({SCHEMA}, str backend) -> (Tensor, Tensor)", _run, _fake)
-dispatch.register("adamw_ema", cpp=cpp, torch=fused, reference=reference)
+dispatch.register("adamw_ema", cpp=cpp, cuda=cuda, torch=fused, reference=reference)
