@@ -54,7 +54,7 @@ def fit(
     grid: tuple[int, int],  # patches down, across
     extras: int,  # tokens of an image beside its patches: the time's (and the label's)
 ) -> tuple[int, Mask]:
-    """Images a step, and what is visible of them. A token budget is filled as far as whole images go.
+    """Images a step, and what is visible of them. A token budget is not exceeded.
 
     Raises UserError for a mask that does not fit the grid, a budget that does not hold one image, a range of rates for
     a single image.
