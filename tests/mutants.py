@@ -3,7 +3,7 @@
     python tests/mutants.py [--only TEXT] [--list]
 
 A fault that no test notices has survived: exit status 1. So it is where an old text is not found exactly once, or where
-a mutated source does not compile: such a fault proves nothing. Without --only, the faults that tests/emulation plants by
+its source does not compile: such a fault proves nothing. Without --only, the faults that tests/emulation plants by
 itself, in CUDA kernels that run in the emulator, are planted too.
 """
 
