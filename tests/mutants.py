@@ -125,6 +125,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("(i + 0.5) / group", "i / group"),
         ),
     ),
+    ("maskdiff/masking.py", trainer("step"), (("10 * (n - visible) // n", "(10 * (n - visible) - 1) // n"),)),
     (
         "maskdiff/diffusion.py",
         trainer("diffusion"),
@@ -162,9 +163,27 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("state.sample += batch\n", "state.sample += 1\n"),
             (".masked_fill(batch.drop_label[:, None], -1)", ""),
+            ("0.0).sum(0) / inside.sum(0)", "0.0).sum(0) / len(per_sample)"),
         ),
     ),
-    ("maskdiff/stages.py", trainer("stages"), (("(step + 1) / stage.warmup", "step / stage.warmup"),)),
+    (
+        "maskdiff/ragged.py",
+        trainer("ragged", "model"),
+        (
+            ("extras * (sample + 1)", "extras * sample + 1"),
+            ("cu_patches + extras * torch.arange(batch + 1", "cu_patches + 0 * torch.arange(batch + 1"),
+        ),
+    ),
+    (
+        "maskdiff/stages.py",
+        trainer("stages"),
+        (("(step + 1) / stage.warmup", "step / stage.warmup"), ("            batch -= 1", "            break")),
+    ),
+    (
+        "maskdiff/flops.py",
+        trainer("flops"),
+        (("for count in counts) / len(counts)", "for count in [sum(counts) / len(counts)])"),),
+    ),
     (
         "tests/emulation/instructions.h",
         ("tests/emulation/test_wrappers.py", "-k", "products or matrices"),
