@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import maskdiff_kernels
+from maskdiff_kernels.ops.attention import sdpa
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -26,13 +27,17 @@ def residual_linear(
 
 
 def attention(
-    qkv: Tensor,  # [B, L, 3, H, d]
-) -> Tensor:  # [B, L, H * d]
-    """Softmax attention over whole sequences: by the op where it takes the width and dtype of a head, else by SDPA."""
+    qkv: Tensor,  # [B, L, 3, H, d]; ragged: [T, 3, H, d]
+    cu_seqlens: Tensor | None = None,  # ragged: [S + 1] int32
+    max_seqlen: int | None = None,
+) -> Tensor:  # [B, L, H * d] or [T, H * d]
+    """Softmax attention over whole sequences: by the op where it takes the width and dtype of a head, else by SDPA.
+
+    SDPA pads ragged sequences.
+    """
     if qkv.shape[-1] in maskdiff_kernels.ATTENTION_WIDTHS and qkv.dtype != torch.float64:
-        return maskdiff_kernels.attention(qkv)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return maskdiff_kernels.attention(qkv, cu_seqlens, max_seqlen)
+    return sdpa.forward(qkv, cu_seqlens, max_seqlen, qkv.shape[-1] ** -0.5)
 
 
 def timestep_embedding(
