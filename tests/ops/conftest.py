@@ -1,13 +1,16 @@
 """Implementations and inputs of the op tests."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import emulate
 import pytest
 import torch
 from torch import Tensor
 
 import maskdiff_kernels as mk
-from maskdiff_kernels import library
+from maskdiff_kernels import dispatch, library
 
 TIMESTEPS = 50
 
@@ -19,12 +22,40 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=["reference", *(f"cpp-{name}" for name in library.cpu_levels())])
+IMPLEMENTATIONS = ["reference", *(f"cpp-{name}" for name in library.cpu_levels())]
+EMULATED = ("noisy_patches",)  # ops whose CUDA kernels run here too, in the emulator
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives `implementation` its values, but where a module or a test has its own."""
+    marked = any("implementation" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "implementation" not in metafunc.fixturenames or marked or hasattr(metafunc.module, "implementation"):
+        return
+    op = metafunc.module.__name__.rpartition("test_")[2]
+    emulated = [f"cuda-{op}"] if op in EMULATED and not emulate.no_emulator() else []
+    metafunc.parametrize("implementation", [*IMPLEMENTATIONS, *emulated], indirect=True)
+
+
+@pytest.fixture
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each value of `backend` that can run here; C++ at each instruction set."""
+    """Each value of `backend` that can run here; C++ at each instruction set, CUDA C++ in the emulator."""
     backend, _, name = request.param.partition("-")
-    with library.use_cpu_level(name or library.cpu_level()):
+    with cuda_on_cpu(name) if backend == "cuda" else library.use_cpu_level(name or library.cpu_level()):
         yield backend
+
+
+@contextmanager
+def cuda_on_cpu(op: str) -> Iterator[None]:
+    """Lets the implementation "cuda" of an op run on CPU tensors, by the emulated library."""
+    emulated = emulate.load(emulate.build("visible", emulate.VISIBLE))
+    emulated.maskdiff_cuda_error_text = emulated.wrapper_error
+    cuda = dataclasses.replace(dispatch._OPS[op]["cuda"], devices=("cpu",), load=lambda: "emulated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "cuda", lambda: emulated)
+        patch.setitem(dispatch._OPS[op], "cuda", cuda)
+        dispatch._choice.cache_clear()
+        yield
+    dispatch._choice.cache_clear()
 
 
 @pytest.fixture
