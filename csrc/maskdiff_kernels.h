@@ -204,6 +204,25 @@ MASKDIFF_API int maskdiff_cuda_count_words(const int64_t* seed, const int64_t* n
 MASKDIFF_API int maskdiff_cuda_noisy_patches(const maskdiff_samples* samples, void* out, int dtype, int device,
                                              void* stream);
 
+// One launch; error has the bits of the CPU library, the losses are the same on every GPU. workspace: as many doubles as
+// maskdiff_cuda_denoising_loss_workspace says. slot, 0 .. MASKDIFF_CUDA_SLOTS - 1: calls that may run side by side on a GPU
+// (on two streams, or in a captured graph and beside it) must not have the same. Errors as noisy_patches; BAD_RANGE also
+// for another slot, or without alpha_sigma.
+#define MASKDIFF_CUDA_SLOTS 16384
+MASKDIFF_API int maskdiff_cuda_denoising_loss(const maskdiff_samples* samples, const void* prediction,
+                                              int64_t sample_stride, int64_t patch_stride, int dtype, int target,
+                                              const float* weight, float* mean, float* per_sample, void* error,
+                                              double* workspace, int slot, int device, void* stream);
+MASKDIFF_API int64_t maskdiff_cuda_denoising_loss_workspace(const maskdiff_samples* samples);
+
+// gradient = error times (grad_mean / B + grad_per_sample_b) / (elements that sample b shows), rounded once. Tensors as the
+// CPU library's; grad_mean [1], grad_per_sample [B], grad_stride elements apart. Errors: BAD_RANGE, BAD_OPTION.
+MASKDIFF_API int maskdiff_cuda_denoising_loss_backward(const void* error, const int32_t* cu_patches,
+                                                       const float* grad_mean, const float* grad_per_sample,
+                                                       int64_t grad_stride, int64_t batch, int64_t total,
+                                                       int64_t elements, int dtype, void* gradient, int device,
+                                                       void* stream);
+
 // attention as the CPU library's, bf16 and fp16, d = 32 or 64, at most 288 tokens a sequence. Pointers are 16-byte aligned,
 // strides multiples of 8. cu_seqlens is not checked: a sequence that breaks its promise is cut short.
 // Errors: BAD_RANGE, BAD_OPTION, CUDA's own where a block's shared memory exceeds the GPU's.

@@ -7,7 +7,7 @@ namespace maskdiff {
 namespace visible {
 namespace {
 
-constexpr int64_t kBlocks = 2048; // twice what an H100 holds at a time, with 256 threads each
+constexpr int64_t kGatheringBlocks = 2048; // twice what an H100 holds at a time, with 256 threads each
 constexpr int64_t kMostParts = 65535;
 
 KERNEL(kThreads)
@@ -37,7 +37,7 @@ int maskdiff_cuda_noisy_patches(const maskdiff_samples* samples, void* out, int 
   if (!countable(*samples)) return MASKDIFF_BAD_RANGE;
   if (samples->total == 0) return MASKDIFF_OK;
   OnDevice here(device);
-  const uint32_t parts = parts_of(*samples, kBlocks, kMostParts);
+  const uint32_t parts = parts_of(*samples, kGatheringBlocks, kMostParts);
   return launch(gather_and_add_noise, {static_cast<unsigned>(samples->batch), parts}, kThreads, 0, stream, *samples,
                 parts, out, dtype);
 }

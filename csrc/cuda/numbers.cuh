@@ -18,7 +18,7 @@ struct alignas(2 * N) Halves {
 
 template <int N>
 DEVICE Floats<N> load(const float* from) {
-  return *reinterpret_cast<const Floats<N>*>(from);
+  return ptx::whole<Floats<N>>(from);
 }
 template <int N>
 DEVICE void store(float* to, const Floats<N>& x) {
@@ -29,7 +29,7 @@ DEVICE void store(float* to, const Floats<N>& x) {
 template <int N>
 DEVICE Floats<N> load_numbers(const void* from, int dtype, int64_t i) {
   if (dtype == MASKDIFF_FLOAT32) return load<N>(static_cast<const float*>(from) + i);
-  const auto halves = *reinterpret_cast<const Halves<N>*>(static_cast<const uint16_t*>(from) + i);
+  const auto halves = ptx::whole<Halves<N>>(static_cast<const uint16_t*>(from) + i);
   Floats<N> x;
   for (int k = 0; k < N; k++)
     x.x[k] = dtype == MASKDIFF_BFLOAT16 ? ISA::from_bfloat16(halves.x[k]) : ptx::widen_fp16(halves.x[k]);
@@ -40,14 +40,14 @@ DEVICE uint32_t pack(int dtype, float low, float high) {
   return dtype == MASKDIFF_BFLOAT16 ? ptx::pack_bf16(low, high) : ptx::pack_fp16(low, high);
 }
 
-struct alignas(8) TwoWords {
-  uint32_t x, y;
-};
-
 // Four numbers to i, i + 1, ..., rounded to nearest even; aligned as load_numbers wants it.
 DEVICE void store_four(void* to, int dtype, int64_t i, const Floats<4>& x) {
-  if (dtype == MASKDIFF_FLOAT32) return store(static_cast<float*>(to) + i, x);
-  *reinterpret_cast<TwoWords*>(static_cast<uint16_t*>(to) + i) = {pack(dtype, x.x[0], x.x[1]), pack(dtype, x.x[2], x.x[3])};
+  if (dtype == MASKDIFF_FLOAT32) {
+    const uint32_t bits[4] = {ISA::bits_of(x.x[0]), ISA::bits_of(x.x[1]), ISA::bits_of(x.x[2]), ISA::bits_of(x.x[3])};
+    return ptx::store_words(static_cast<float*>(to) + i, bits);
+  }
+  const uint32_t packed[2] = {pack(dtype, x.x[0], x.x[1]), pack(dtype, x.x[2], x.x[3])};
+  ptx::store_words(static_cast<uint16_t*>(to) + i, packed);
 }
 
 // Up to four numbers from i on, wherever they stand; those that are not there are 0.

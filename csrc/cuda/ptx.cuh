@@ -2,7 +2,8 @@
 //
 // Under nvcc the functions below are the instructions themselves. Under g++ they come from tests/emulation/emulator.h,
 // where the same kernels run on a CPU and are checked. Rules for kernels (each is checked by a test or the emulator):
-// include this file and launch.cuh and nothing of CUDA; shared memory only by SHARED or SHARED_POOL; one barrier or
+// include this file and launch.cuh and nothing of CUDA; shared memory only by SHARED or SHARED_POOL; blocks talk to each
+// other through last_to_arrive alone, and none waits for another; one barrier or
 // collective per source line, all 32 lanes of a warp in it; blocks are multiples of 32 threads; no thread returns before
 // the last barrier or with an asynchronous copy open; only sync_block and sync_warp order memory, shuffles and matrix
 // instructions never do; bf16 and fp16 are uint16_t.
@@ -16,6 +17,7 @@
 #define KERNEL(max_threads) static __global__ void __launch_bounds__(max_threads)
 #define DEVICE __device__ __forceinline__
 #define SHARED(T, name, n) __shared__ __align__(128) T name[n] // T name[n], one for the block
+#define ZEROED(T, name, n) static __device__ T name[n] // one for the GPU, zero when the library is loaded
 #define SHARED_POOL(name)                                       /* the launch's dynamic shared memory, carved by take */ \
   extern __shared__ __align__(128) unsigned char maskdiff_pool[];                                                        \
   maskdiff::ptx::Pool name { maskdiff_pool }
@@ -66,6 +68,14 @@ DEVICE T shuffle_down(T value, unsigned distance) {
 }
 DEVICE uint32_t vote(bool yes) { return __ballot_sync(0xffffffffu, yes); } // bit l: lane l's vote
 
+// Whether this block is the last of `blocks` that come here; the counter is then 0 again, for the next launch. By one
+// thread a block: what it wrote before, the last block's thread sees, and after a barrier all of that block.
+DEVICE bool last_to_arrive(uint32_t* counter, uint32_t blocks) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(blocks - 1) : "memory");
+  return before == blocks - 1;
+}
+
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // Four 8 x 8 matrices of 16-bit elements from shared memory: lane l gives the address (16-byte aligned) of row l % 8 of
@@ -112,6 +122,22 @@ DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory");
 template <int N>
 DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+template <class T>
+DEVICE const T& whole(const void* at) { // a T that is read at once: it stands aligned to its size
+  return *static_cast<const T*>(at);
+}
+
+// Four words to a 16-byte aligned place in global memory, two to an 8-byte aligned one, at once: the compiler may split
+// plain stores.
+DEVICE void store_words(void* to, const uint32_t (&x)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+DEVICE void store_words(void* to, const uint32_t (&x)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x[0]), "r"(x[1]) : "memory");
 }
 
 DEVICE float exp2_fast(float x) { // 2^x to 2 ulp; results below 2^-126 are 0

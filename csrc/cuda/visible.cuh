@@ -21,6 +21,7 @@ struct Sample { // the same for all threads of a block
   uint32_t patches;     // visible
   const uint8_t* image; // null: a number of the sample is out of range
   uint64_t seed, n;
+  int64_t timestep;
   float alpha, sigma;
   bool flip;
 };
@@ -41,7 +42,7 @@ DEVICE Sample sample_of(const maskdiff_samples& s, int64_t b) {
   const int64_t image = s.image_ids[b], t = s.alpha_sigma ? s.timestep[b] : 0;
   const bool in_range = image >= 0 && image < s.images && t >= 0 && (!s.alpha_sigma || t < s.timesteps);
   if (in_range) sample.image = s.patches + image * s.stride;
-  if (in_range && s.alpha_sigma) sample.alpha = s.alpha_sigma[2 * t], sample.sigma = s.alpha_sigma[2 * t + 1];
+  if (in_range && s.alpha_sigma) sample.timestep = t, sample.alpha = s.alpha_sigma[2 * t], sample.sigma = s.alpha_sigma[2 * t + 1];
   sample.seed = static_cast<uint64_t>(*s.seed), sample.n = static_cast<uint64_t>(s.n[b]);
   sample.flip = s.flip[b] != 0;
   return sample;
@@ -53,7 +54,7 @@ struct alignas(4) Bytes {
 
 // The bytes of a quad; `words`: they stand as an aligned word.
 DEVICE Bytes load_bytes(const maskdiff_samples& s, const uint8_t* pixels, const Quad& quad, bool flip, bool words) {
-  if (words && !flip) return *reinterpret_cast<const Bytes*>(pixels + quad.element);
+  if (words && !flip) return ptx::whole<Bytes>(pixels + quad.element);
   Bytes bytes = {};
   const uint32_t channels = static_cast<uint32_t>(s.channels), row = static_cast<uint32_t>(s.patch) * channels;
   Mirrored at = mirrored_from(quad.element, row, channels);

@@ -150,10 +150,15 @@ def call(function: str, *arguments: object) -> int:
     return code
 
 
+def current_stream(device: torch.device) -> int | None:
+    """The handle of the stream that CUDA work on `device` is queued on; None for other devices, as in the emulator."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
 def call_cuda(function: str, device: torch.device, *arguments: object) -> None:
     """Queues an exported function of the CUDA library on the current stream of `device`; raises RuntimeError."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    code = getattr(library.cuda(), function)(*arguments, device.index or 0, ctypes.c_void_p(stream))
+    stream = ctypes.c_void_p(current_stream(device))
+    code = getattr(library.cuda(), function)(*arguments, device.index or 0, stream)
     if code:
         said = library.cuda().maskdiff_cuda_error_text(code).decode() if code >= 1000 else f"error {code}"
         raise RuntimeError(f"{function}: {said}")

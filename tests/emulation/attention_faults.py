@@ -1,27 +1,11 @@
 """Faults planted one at a time in attention's CUDA kernels, and what must notice each."""
 
 import re
-import zlib
-from dataclasses import dataclass
-from pathlib import Path
 
-import emulate
+import planted
+from planted import Fault
 
 KERNELS, TILE = "csrc/cuda/attention.cu", "csrc/cuda/attention_tile.cuh"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A text of a file and what stands there instead; `nth` of its places."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    nth: int = 0
-    sanitizer: str = ""  # the only one that notices; else: the numbers, or the emulator
-    case: str = ""  # with a sanitizer: what to run, of attention_cases.CASES
-
 
 FAULTS = (
     Fault("no block barrier", KERNELS, "else ptx::sync_block();", "else {}"),
@@ -105,32 +89,13 @@ FAULTS = (
 SOUND = Fault("nothing", KERNELS, "ptx::copy_commit();", "ptx::copy_commit();")  # the copies' own control
 
 
-def source(faults: tuple[Fault, ...], folder: Path) -> Path:
-    """One .cu file with a copy of the kernels for each fault: entries fault_0, fault_0_backward, ...
+def build(sanitizer: str) -> tuple[tuple[Fault, ...], str]:
+    """The faults that a sanitizer (or none) has to notice, and the library that holds them."""
+    faults = tuple(fault for fault in (*FAULTS, SOUND) if fault.sanitizer == sanitizer)
+    entries = ("attention", "attention_backward")
+    return faults, planted.build("attention", (TILE, KERNELS), entries, faults, sanitizer, _few_kernels)
 
-    Not optimised, unlike the emulator that it includes: compiling so many copies takes longer than running them.
-    """
-    parts = [
-        '// Planted faults.\n#include "cuda/launch.cuh"\n#include "maskdiff_kernels.h"\n#pragma GCC optimize("O0")'
-    ]
-    entries = (emulate.ROOT / "csrc/maskdiff_kernels.h").read_text()
-    for number, fault in enumerate(faults):
-        texts = {file: (emulate.ROOT / file).read_text() for file in (TILE, KERNELS)}
-        pieces = texts[fault.file].split(fault.old)
-        assert len(pieces) > fault.nth + 1, f"{fault.name}: {fault.old!r} is not in {fault.file}"
-        texts[fault.file] = (
-            fault.old.join(pieces[: fault.nth + 1]) + fault.new + fault.old.join(pieces[fault.nth + 1 :])
-        )
-        text = re.sub(r"#(include|pragma once).*", "", "".join(texts.values()))
-        if not fault.case or fault.case == "ragged-short":
-            text = re.sub(r"(Bf16, 32|Fp16, (64|32))>", "Bf16, 64>", text)
-        parts.append(f"namespace copy_{number} {{\nnamespace maskdiff {{\nusing namespace ::maskdiff;\n}}\n{text}\n}}")
-        for suffix in ("", "_backward"):
-            (declared,) = re.findall(rf"int maskdiff_cuda_attention{suffix}\(([^)]*)\)", entries)
-            names = ", ".join(re.findall(r"(\w+)(?:,|$)", declared))
-            call = f"return copy_{number}::maskdiff_cuda_attention{suffix}({names});"
-            parts.append(f'extern "C" MASKDIFF_API int fault_{number}{suffix}({declared}) {{ {call} }}')
-    text = "\n".join(parts)
-    path = folder / f"attention_faults_{zlib.crc32(text.encode()):08x}.cu"  # another text, another build
-    path.write_text(text)
-    return path
+
+def _few_kernels(fault: Fault, text: str) -> str:
+    """Most cases run one kernel alone."""
+    return text if fault.case not in ("", "ragged-short") else re.sub(r"(Bf16, 32|Fp16, (64|32))>", "Bf16, 64>", text)

@@ -174,6 +174,17 @@ class Checks:
             self.memory.take(source, values.shape, np.uint32)
             np.testing.assert_array_equal(got, values.cumsum(-1, dtype=np.uint32))
 
+    def arrivals(self) -> None:
+        """One block, the last, sees what all have written, again and again by the same counter."""
+        for blocks, counter in ((1, 0), (2, 1), (3, 1), (20, 3), (7, 3)):
+            values = self.random.integers(0, 2**20, blocks).astype(np.uint32)
+            arrays = (values, np.full(blocks, 2**32 - 1, np.uint32), np.full(1, 2**32 - 1, np.uint32))
+            given, everyone, total = map(self.memory.put, arrays)
+            self.call("wrapper_add_up", given, everyone, blocks, counter, total)
+            self.memory.take(given, (0,), np.uint8)
+            np.testing.assert_array_equal(self.memory.take(everyone, (blocks,), np.uint32), values)
+            assert self.memory.take(total, (1,), np.uint32)[0] == values.sum(dtype=np.uint32)
+
 
 def _table(row: Place, column: Place, elements: int) -> tuple[np.ndarray, np.ndarray]:
     """Row and column [32, elements] of a lane's element i, by the PTX ISA's formulas."""
@@ -224,7 +235,7 @@ def _bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(x) & up, high, low).astype(np.uint16)
 
 
-CHECKS = ("products", "matrices", "exchanges", "copies", "conversions", "scans")
+CHECKS = ("products", "matrices", "exchanges", "copies", "conversions", "scans", "arrivals")
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from maskdiff_kernels.source_version import hash_sources
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 ARCHS = (80, 90, 100, 120)
-VISIBLE = [HERE / "wrappers.cu", ROOT / "csrc/cuda/noisy_patches.cu"]
+EXPORTS = HERE / "exports.cu"
+VISIBLE = [EXPORTS, *(ROOT / "csrc" / "cuda" / f"{op}.cu" for op in ("noisy_patches", "denoising_loss"))]
 DEFINES = ['-DMASKDIFF_SOURCE_VERSION="of the tests"', '-DMASKDIFF_CUDA_ARCHS="emulated"']
 COMMON = ["-std=c++17", "-fno-strict-aliasing", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-ffp-contract=off", "-DISA=emulated"]

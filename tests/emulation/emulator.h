@@ -42,6 +42,7 @@ extern "C" void __tsan_write_range(const void*, size_t);
 #define DEVICE inline
 #define SHARED(T, name, n) \
   T* const name = static_cast<T*>(maskdiff::emulator::shared_array(__FILE__, __LINE__, sizeof(T) * (n)))
+#define ZEROED(T, name, n) static T name[n]
 #define SHARED_POOL(name) \
   maskdiff::ptx::Pool name {}
 
@@ -345,7 +346,8 @@ int launch(void (*kernel)(P...), Grid grid, unsigned threads, size_t pool_bytes,
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < static_cast<long>(grid.x) * grid.y; i++) {
       if (!runner) runner.reset(new Block(threads));
-      runner->x = static_cast<unsigned>(i % grid.x), runner->y = static_cast<unsigned>(i / grid.x);
+      const unsigned number = static_cast<unsigned>(seed == 1 ? static_cast<long>(grid.x) * grid.y - 1 - i : i);
+      runner->x = number % grid.x, runner->y = number / grid.x;
       runner->grid_x = grid.x, runner->pool_bytes = pool_bytes;
       runner->run(body);
       if (runner->failed) runner.reset(); // its fibers stand in the middle of the kernel

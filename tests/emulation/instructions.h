@@ -151,6 +151,14 @@ EMULATOR uint32_t vote(bool yes, HERE) {
   emulator::meet(emulator::my_warp(), emulator::kWarp, "vote", line, &slot, emulator::run_vote);
   return slot.out;
 }
+EMULATOR bool last_to_arrive(uint32_t* counter, uint32_t blocks) {
+  IF_TSAN(__tsan_release(counter);)
+  uint32_t before = __atomic_load_n(counter, __ATOMIC_RELAXED), after;
+  do after = before >= blocks - 1 ? 0 : before + 1;
+  while (!__atomic_compare_exchange_n(counter, &before, after, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+  IF_TSAN(__tsan_acquire(counter);)
+  return before == blocks - 1;
+}
 EMULATOR void load_matrix_x4(uint32_t (&r)[4], const void* row, HERE) {
   emulator::load_matrix<false>(r, row, "load_matrix_x4", line);
 }
@@ -172,6 +180,20 @@ EMULATOR void copy_commit() { emulator::self->group++; }
 template <int N>
 EMULATOR void copy_wait() {
   emulator::finish_copies(N);
+}
+EMULATOR void check_aligned(const void* at, size_t bytes, const char* what, int line) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes) emulator::fail("%s, line %d: not %zu-byte aligned", what, line, bytes);
+}
+template <class T>
+EMULATOR const T& whole(const void* at, HERE) {
+  check_aligned(at, sizeof(T), "whole", line);
+  return *static_cast<const T*>(at);
+}
+template <int N>
+EMULATOR void store_words(void* to, const uint32_t (&x)[N], HERE) {
+  check_aligned(to, sizeof x, "store_words", line);
+  IF_TSAN(__tsan_write_range(to, sizeof x);)
+  __builtin_memcpy(to, x, sizeof x);
 }
 EMULATOR float exp2_fast(float x) {
   float y = std::exp2(std::fabs(x) < 0x1p-126f ? 0.0f : x);

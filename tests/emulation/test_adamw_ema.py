@@ -15,7 +15,7 @@ from maskdiff_kernels.ops.adamw_ema import cuda, reference
 from maskdiff_kernels.ops.adamw_ema.state import Update
 
 pytestmark = pytest.mark.skipif(bool(emulate.no_emulator()), reason=emulate.no_emulator())
-SOURCES = [emulate.HERE / "wrappers.cu", emulate.ROOT / "csrc" / "cuda" / "adamw_ema.cu"]
+SOURCES = [emulate.EXPORTS, emulate.ROOT / "csrc" / "cuda" / "adamw_ema.cu"]
 DTYPES = {FP32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
 MOST_REGISTERS = 64  # 32 warps on a multiprocessor
 

@@ -1,25 +1,27 @@
 """attention's CUDA kernels, emulated: against the fp64 truth at every length, in any order of threads, sanitized."""
 
 import ctypes
-import functools
 import re
 import shutil
 
 import attention_cases
+import attention_faults
 import emulate
 import numpy as np
+import planted
 import pytest
 import test_wrappers
 import torch
 from attention_cases import BF16, CASES, FP16, MIX, Case
-from attention_faults import FAULTS, SOUND, Fault, source
+from attention_faults import FAULTS, SOUND
+from planted import Fault
 from torch import Tensor
 
 from maskdiff_kernels import library as libraries
 from maskdiff_kernels.ops.attention import cuda
 
 pytestmark = pytest.mark.skipif(bool(emulate.no_emulator()), reason=emulate.no_emulator())
-SOURCES = [emulate.HERE / "wrappers.cu", emulate.ROOT / "csrc" / "cuda" / "attention.cu"]
+SOURCES = [emulate.EXPORTS, emulate.ROOT / "csrc" / "cuda" / "attention.cu"]
 DTYPES = {BF16: torch.bfloat16, FP16: torch.float16}
 LENGTHS = (
     1,
@@ -261,30 +263,20 @@ def test_sanitized(sanitizer: str, names: tuple[str, ...]):
     assert done.stdout.split() == [word for name in names for word in ("ran", name)]
 
 
-@functools.cache
-def planted(sanitizer: str) -> tuple[tuple[Fault, ...], str]:
-    """The faults that a sanitizer (or none) has to notice, and the library that holds them."""
-    faults = tuple(fault for fault in (*FAULTS, SOUND) if fault.sanitizer == sanitizer)
-    folder = emulate.ROOT / "build" / "emulation"
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = [source(faults, folder), emulate.HERE / "wrappers.cu"]
-    return faults, str(emulate.build("attention-faults", sources, sanitizer))
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
 def test_planted_fault_is_noticed(library, fault: Fault):
-    faults, built = planted(fault.sanitizer)
-    entry = f"fault_{faults.index(fault)}"
+    faults, built = attention_faults.build(fault.sanitizer)
+    entry = f"fault_{faults.index(fault)}_attention"
     if fault.sanitizer:
-        done = emulate.run_sanitized(fault.sanitizer, attention_cases.__file__, built, fault.case, f"--entry={entry}")
-        assert f"{fault.sanitizer.capitalize()}Sanitizer" in done.stderr and done.returncode, done.stderr
+        arguments = (attention_cases.__file__, built, fault.case, f"--entry={entry}")
+        assert not planted.sanitizer_notices(fault, *arguments)
         return
     assert differs(library, built, entry)
 
 
 def test_nothing_planted_nothing_noticed(library):
-    faults, built = planted("")
-    assert not differs(library, built, f"fault_{faults.index(SOUND)}")
+    faults, built = attention_faults.build("")
+    assert not differs(library, built, f"fault_{faults.index(SOUND)}_attention")
 
 
 def differs(library: ctypes.CDLL, built: str, entry: str) -> bool:

@@ -1,8 +1,8 @@
 """Runs noisy_patches' and denoising_loss' CUDA kernels in an emulated library, on exact-size, poisoned buffers.
 
-    python tests/emulation/visible_cases.py LIBRARY OP CASE [CASE ...] [--entry=NAME]
+    python tests/emulation/visible_cases.py LIBRARY OP CASE [CASE ...] [--prefix=NAME]
 
-runs cases (see CASES) of one of the two ops, by maskdiff_cuda_OP or by what else is named, in a process of its own, as
+runs cases (see CASES) of one of the two ops, by the functions maskdiff_cuda_... or others, in a process of its own, as
 the sanitizers need it; it imports nothing but NumPy.
 """
 
@@ -14,7 +14,8 @@ import numpy as np
 from conformance import Host
 
 FP32, BF16, FP16 = 0, 1, 2  # maskdiff_dtype
-TIMESTEPS, IMAGES = 5, 3
+TARGETS = ("eps", "x0", "v")  # maskdiff_target
+TIMESTEPS, IMAGES, SLOTS = 5, 3, 16384
 ARRAYS = "patches slots n image_ids keep_ids cu_patches flip timestep alpha_sigma seed".split()
 
 
@@ -40,6 +41,9 @@ class Case:
     slots: bool = False
     noisy: bool = True
     dtype: int = FP32
+    target: str = "v"
+    weighted: bool = True
+    gap: int = 0  # elements after every patch of the prediction
 
     @property
     def size(self) -> int:
@@ -58,7 +62,7 @@ class Case:
             "patches": random.integers(0, 256, (IMAGES, self.rows * self.size + self.pad)).astype(np.uint8),
             "slots": random.integers(0, self.rows, sum(self.counts)).astype(np.int32),
             "n": np.arange(2**32 - 1, 2**32 - 1 + batch),
-            "image_ids": random.integers(0, IMAGES, batch),
+            "image_ids": (np.arange(batch) + IMAGES - 1) % IMAGES,
             "keep_ids": np.concatenate(kept).astype(np.int32),
             "cu_patches": np.cumsum([0, *self.counts]).astype(np.int32),
             "flip": (np.arange(batch) % 2).astype(np.uint8),
@@ -68,6 +72,15 @@ class Case:
         }
         unused = {"slots": not self.slots, "cu_patches": not self.ragged, "alpha_sigma": not self.noisy}
         return {name: array for name, array in arrays.items() if not unused.get(name)}
+
+    def prediction(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The prediction [M, E] (bit patterns for halves), weight [T], and incoming gradients [2 B]: that of the mean,
+        then those of the samples' losses, every second of them, from place 1 on."""
+        random = np.random.default_rng(self.size)
+        x = random.standard_normal((sum(self.counts), self.size), np.float32)
+        halves = x.astype(np.float16).view(np.uint16) if self.dtype == FP16 else (x.view(np.uint32) >> 16)
+        weight, grads = np.linspace(0.5, 4, TIMESTEPS), random.standard_normal(2 * len(self.counts), np.float32)
+        return x if self.dtype == FP32 else halves.astype(np.uint16), weight.astype(np.float32), grads
 
     def put(self, memory: Host, arrays: dict[str, np.ndarray]) -> tuple[Samples, dict[str, ctypes.c_void_p]]:
         pointers = {name: memory.put(array) for name, array in arrays.items()}
@@ -93,39 +106,92 @@ def check(library: ctypes.CDLL, code: int) -> None:
 
 
 def noisy_patches(
-    library: ctypes.CDLL, case: Case, order: int = 0, entry: str = "maskdiff_cuda_noisy_patches", **changed: np.ndarray
+    library: ctypes.CDLL, case: Case, order: int = 0, prefix: str = "maskdiff_cuda_", **changed: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     """x_t [M, E], bit patterns for halves."""
     memory, out = Host(), poison((sum(case.counts), case.size), case.dtype)
     samples, pointers = case.put(memory, case.arrays() | changed)
     to = memory.put(out)
     library.emulator_seed(ctypes.c_uint64(order))
-    code = getattr(library, entry)(ctypes.byref(samples), to, case.dtype, 0, None)
+    code = getattr(library, f"{prefix}noisy_patches")(ctypes.byref(samples), to, case.dtype, 0, None)
     free(memory, pointers)
     result = memory.take(to, out.shape, out.dtype.type)
     check(library, code)
     return (result,)
 
 
+def denoising_loss(
+    library: ctypes.CDLL,
+    case: Case,
+    order: int = 0,
+    prefix: str = "maskdiff_cuda_",
+    slot: int = 0,
+    **changed: np.ndarray,
+) -> tuple[np.ndarray, ...]:
+    """mean [1], per_sample [B], error and gradient [M, E] (bit patterns for halves)."""
+    memory, batch, total = Host(), len(case.counts), sum(case.counts)
+    samples, pointers = case.put(memory, case.arrays() | changed)
+    prediction, weight, grads = case.prediction()
+    wide = poison((total, case.size + case.gap), case.dtype)
+    wide[:, : case.size] = prediction
+    strides = (case.counts[0] * wide.shape[1], wide.shape[1])
+    pointers |= {name: memory.put(x) for name, x in (("prediction", wide), ("weight", weight), ("grads", grads))}
+    outputs = [poison((1,), FP32), poison((batch,), FP32), *(poison((total, case.size), case.dtype) for _ in range(2))]
+    mean, per_sample, error, gradient = map(memory.put, outputs)
+    library.emulator_seed(ctypes.c_uint64(order))
+    count = getattr(library, f"{prefix}denoising_loss_workspace")
+    count.restype = ctypes.c_int64
+    pointers["workspace"] = memory.put(np.full(count(ctypes.byref(samples)), np.nan))
+    code = getattr(library, f"{prefix}denoising_loss")(
+        ctypes.byref(samples),
+        pointers["prediction"],
+        *map(ctypes.c_int64, strides),
+        case.dtype,
+        TARGETS.index(case.target),
+        pointers["weight"] if case.weighted else None,
+        *(mean, per_sample, error, pointers["workspace"]),
+        *(slot, 0, None),
+    )
+    if not code:
+        code = getattr(library, f"{prefix}denoising_loss_backward")(
+            error,
+            pointers.get("cu_patches"),
+            *(ctypes.c_void_p(pointers["grads"].value + 4 * at) for at in (0, 1)),
+            *map(ctypes.c_int64, (2, batch, total, case.size)),
+            *(case.dtype, gradient, 0, None),
+        )
+    free(memory, pointers)
+    outputs = [
+        memory.take(pointer, x.shape, x.dtype.type)
+        for pointer, x in zip((mean, per_sample, error, gradient), outputs, strict=True)
+    ]
+    check(library, code)
+    return tuple(outputs)
+
+
 CASES = {
-    "one": Case((1,), patch=1, channels=1),
+    "one": Case((1,), patch=1, channels=1, target="eps"),
     "ones": Case((15,) * 3, patch=1, channels=1, dtype=BF16),
-    "colours": Case((7,) * 2, patch=1, dtype=FP16, pad=3),
-    "twos": Case((6,) * 4, patch=2, channels=1, dtype=BF16),
-    "twelve": Case((15,) * 2, patch=2, pad=4),
+    "colours": Case((7,) * 2, patch=1, dtype=FP16, pad=3, target="x0"),
+    "twos": Case((6,) * 4, patch=2, channels=1, dtype=BF16, gap=4),
+    "twelve": Case((15,) * 2, patch=2, pad=4, target="eps", weighted=False),
     "odd": Case((4,) * 3, patch=3, dtype=BF16, pad=5),
-    "fours": Case((8,) * 5, dtype=BF16, pad=16),
-    "unaligned": Case((8,) * 2, dtype=BF16, pad=1),
+    "fours": Case((8,) * 5, dtype=BF16, pad=16, gap=8),
+    "unaligned": Case((8,) * 2, dtype=BF16, pad=1, gap=1, target="x0"),
     "wide": Case((2,) * 3, patch=16, grid=(2, 2), dtype=FP16),
-    "five": Case((3,) * 2, patch=5, channels=2),
+    "five": Case((3,) * 2, patch=5, channels=2, gap=2),
     "ragged": Case((3, 0, 15, 1, 8, 0), ragged=True, dtype=BF16),
-    "ragged-odd": Case((0, 2, 0, 15), patch=3, ragged=True, slots=True),
-    "slots": Case((9,) * 4, slots=True, dtype=FP16),
+    "ragged-odd": Case((0, 2, 0, 15), patch=3, ragged=True, slots=True, gap=3),
+    "slots": Case((9,) * 4, slots=True, dtype=FP16, weighted=False),
+    "long": Case((420,), patch=2, grid=(21, 20), dtype=BF16, target="eps"),
+    "many": Case((36,) * 2, patch=8, grid=(6, 6)),
+    "turns": Case((6,), patch=64, grid=(2, 3), dtype=BF16),
+    "empty": Case((0, 0), ragged=True),
+    "gap": Case((2,) * 2, gap=1, target="eps"),
     "plain": Case((9,) * 2, noisy=False, dtype=BF16),
     "plain-odd": Case((2, 5), patch=3, channels=1, noisy=False, ragged=True),
-    "long": Case((420,), patch=2, grid=(21, 20), dtype=BF16),
-    "many": Case((36,) * 2, patch=8, grid=(6, 6)),
 }
+LOSSES = [name for name, case in CASES.items() if case.noisy]
 
 
 def main() -> None:
@@ -133,9 +199,9 @@ def main() -> None:
     library = ctypes.CDLL(sys.argv[1])
     library.wrapper_error.restype = ctypes.c_char_p
     run = globals()[sys.argv[2]]
-    entries = [word.removeprefix("--entry=") for word in sys.argv if word.startswith("--entry=")]
-    for name in sys.argv[3 : len(sys.argv) - len(entries)]:
-        run(library, CASES[name], 3, *entries)
+    prefixes = [word.removeprefix("--prefix=") for word in sys.argv if word.startswith("--prefix=")]
+    for name in sys.argv[3 : len(sys.argv) - len(prefixes)]:
+        run(library, CASES[name], 3, *prefixes)
         print(f"ran {name}")
 
 

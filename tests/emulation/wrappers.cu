@@ -29,14 +29,16 @@ KERNEL(32) load_matrices(const uint16_t* rows, int stride, uint32_t* out) {
   uint32_t plain[4], transposed[4];
   load_matrix_x4(plain, tile + thread_x() * stride);
   load_matrix_x4_transposed(transposed, tile + thread_x() * stride);
-  for (int i = 0; i < 4; i++) out[thread_x() * 4 + i] = plain[i], out[128 + thread_x() * 4 + i] = transposed[i];
+  const uint32_t halves[2][2] = {{transposed[0], transposed[1]}, {transposed[2], transposed[3]}};
+  store_words(out + thread_x() * 4, plain);
+  for (int i = 0; i < 2; i++) store_words(out + 128 + thread_x() * 4 + 2 * i, halves[i]);
 }
 
 // in [32]; out [4, 32, 32]: shuffle from each lane, xor each number, up and down each distance; votes [33, 32]: one lane
 // votes, then all those whose word is odd.
 KERNEL(32) exchange(const uint32_t* in, uint32_t* out, uint32_t* votes) {
   unsigned lane = thread_x();
-  uint32_t value = in[lane];
+  uint32_t value = whole<uint32_t>(in + lane);
   for (unsigned i = 0; i < 32; i++) {
     out[(0 * 32 + i) * 32 + lane] = shuffle(value, i);
     out[(1 * 32 + i) * 32 + lane] = shuffle_xor(value, i);
@@ -98,6 +100,21 @@ KERNEL(1024) scan(const uint32_t* in, uint32_t* out) {
   out[at] = sum;
 }
 
+ZEROED(uint32_t, arrivals, 4);
+
+// in [blocks] reaches all [blocks]; the last block adds that up to *sum.
+KERNEL(64) add_up(const uint32_t* in, uint32_t* all, int counter, uint32_t* sum) {
+  SHARED(uint32_t, last, 1);
+  if (thread_x() == 0) {
+    all[block_x()] = in[block_x()];
+    *last = last_to_arrive(arrivals + counter, blocks_x());
+  }
+  sync_block();
+  if (!*last || thread_x() != 33) return;
+  *sum = 0;
+  for (unsigned b = 0; b < blocks_x(); b++) *sum += all[b];
+}
+
 } // namespace
 
 ENTRY int wrapper_multiply(int bf16, const uint32_t* a, const uint32_t* b, float* d, int tests, void* stream) {
@@ -122,7 +139,6 @@ ENTRY int wrapper_scan(const uint32_t* in, uint32_t* out, int across, int down, 
   return launch(scan, {static_cast<unsigned>(across), static_cast<unsigned>(down)}, static_cast<unsigned>(threads), 0,
                 stream, in, out);
 }
-ENTRY const char* wrapper_error(int code) { return cuda_error_text(code); }
-#if MASKDIFF_EMULATED
-ENTRY void emulator_seed(uint64_t seed) { emulator::seed = seed; }
-#endif
+ENTRY int wrapper_add_up(const uint32_t* in, uint32_t* all, int blocks, int counter, uint32_t* sum, void* stream) {
+  return launch(add_up, {static_cast<unsigned>(blocks)}, 64, 0, stream, in, all, counter, sum);
+}

@@ -23,7 +23,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 IMPLEMENTATIONS = ["reference", *(f"cpp-{name}" for name in library.cpu_levels())]
-EMULATED = ("noisy_patches",)  # ops whose CUDA kernels run here too, in the emulator
+EMULATED = ("noisy_patches", "denoising_loss")  # ops whose CUDA kernels run here too, in the emulator
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" not in metafunc.fixturenames or marked or hasattr(metafunc.module, "implementation"):
         return
     op = metafunc.module.__name__.rpartition("test_")[2]
-    emulated = [f"cuda-{op}"] if op in EMULATED and not emulate.no_emulator() else []
+    emulated = ["cuda"] if op in EMULATED and not emulate.no_emulator() else []
     metafunc.parametrize("implementation", [*IMPLEMENTATIONS, *emulated], indirect=True)
 
 
@@ -40,19 +40,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each value of `backend` that can run here; C++ at each instruction set, CUDA C++ in the emulator."""
     backend, _, name = request.param.partition("-")
-    with cuda_on_cpu(name) if backend == "cuda" else library.use_cpu_level(name or library.cpu_level()):
+    with cuda_on_cpu() if backend == "cuda" else library.use_cpu_level(name or library.cpu_level()):
         yield backend
 
 
 @contextmanager
-def cuda_on_cpu(op: str) -> Iterator[None]:
-    """Lets the implementation "cuda" of an op run on CPU tensors, by the emulated library."""
+def cuda_on_cpu() -> Iterator[None]:
+    """Lets the implementations "cuda" run on CPU tensors, by the emulated library."""
     emulated = emulate.load(emulate.build("visible", emulate.VISIBLE))
     emulated.maskdiff_cuda_error_text = emulated.wrapper_error
-    cuda = dataclasses.replace(dispatch._OPS[op]["cuda"], devices=("cpu",), load=lambda: "emulated")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "cuda", lambda: emulated)
-        patch.setitem(dispatch._OPS[op], "cuda", cuda)
+        for op in EMULATED:
+            cuda = dataclasses.replace(dispatch._OPS[op]["cuda"], devices=("cpu",), load=lambda: "emulated")
+            patch.setitem(dispatch._OPS[op], "cuda", cuda)
         dispatch._choice.cache_clear()
         yield
     dispatch._choice.cache_clear()

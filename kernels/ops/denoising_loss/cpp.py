@@ -5,6 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from maskdiff_kernels.ops.denoising_loss.reference import factors
 from maskdiff_kernels.ops.samples import Samples, check_cu_patches
 from maskdiff_kernels.ops.structs import DTYPES, TARGETS, address, call, samples_struct
 
@@ -38,8 +39,9 @@ def run(
     return mean, per_sample, error
 
 
-def run_backward(error: Tensor, cu_patches: Tensor | None, factor: Tensor) -> Tensor:
-    """error times the factor [B] of its sample, rounded once."""
+def run_backward(error: Tensor, cu_patches: Tensor | None, grad_mean: Tensor, grad_per_sample: Tensor) -> Tensor:
+    """error times the factor of its sample, rounded once."""
+    factor = factors(error, cu_patches, grad_mean, grad_per_sample)
     gradient = torch.empty_like(error)
     total = error.numel() // error.shape[-1]
     code = call(

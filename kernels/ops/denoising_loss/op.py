@@ -7,10 +7,11 @@ from torch import Tensor
 
 from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops import checks
-from maskdiff_kernels.ops.denoising_loss import cpp, reference
+from maskdiff_kernels.ops.denoising_loss import cpp, cuda, reference
 from maskdiff_kernels.ops.draw_batch.op import Batch
 from maskdiff_kernels.ops.registration import registered
 from maskdiff_kernels.ops.samples import SCHEMA, Samples, Store, check_cu_patches, flatten
+from maskdiff_kernels.ops.visible import choose
 
 TARGETS = ("eps", "x0", "v")
 
@@ -35,7 +36,7 @@ def denoising_loss(
         store, batch, alpha_sigma, seed: those that noisy_patches got.
         target: what is predicted: "eps", "x0" or "v" = alpha eps - sigma x_0.
         weight: [T] float32 weight of each timestep. None: 1.
-        backend: "auto", "reference" or "cpp".
+        backend: "auto", "reference", "cpp" or "cuda".
 
     Returns:
         - the mean over samples of the per-sample losses, [] float32. A sample without visible patches counts as 0.
@@ -89,7 +90,7 @@ def _run(prediction, *arguments):
         checks.tensor("weight", weight, "float32 [T]", torch.float32, samples.alpha_sigma.shape[:1], device)
     if target not in TARGETS:
         raise ValueError(f"target: got {target!r}, takes eps, x0 or v")
-    return dispatch.choose("denoising_loss", device, backend).run(prediction, samples, target, weight, needs_grad)
+    return choose("denoising_loss", samples, backend).run(prediction, samples, target, weight, needs_grad)
 
 
 def _fake(prediction, *arguments):
@@ -109,12 +110,8 @@ def _run_backward(error, cu_patches, grad_mean, grad_per_sample, backend):
     checks.tensor("grad_mean", grad_mean, "float32 []", torch.float32, (), error.device)
     takes = "float32 [B]"
     checks.tensor("grad_per_sample", grad_per_sample, takes, torch.float32, (batch,), error.device, contiguous=False)
-    counts = error.shape[1] if cu_patches is None else cu_patches.diff().long()
-    factor = (grad_mean / batch + grad_per_sample) / (
-        counts * error.shape[-1]
-    )  # [B]; of a sample without patches: unused
     implementation = dispatch.choose("denoising_loss", error.device, backend)
-    return implementation.run_backward(error, cu_patches, factor)
+    return implementation.run_backward(error, cu_patches, grad_mean, grad_per_sample)
 
 
 def _fake_backward(error, cu_patches, grad_mean, grad_per_sample, backend):
@@ -134,4 +131,4 @@ _backward = registered(
     _run_backward,
     _fake_backward,
 )
-dispatch.register("denoising_loss", cpp=cpp, reference=reference)
+dispatch.register("denoising_loss", cuda=cuda, cpp=cpp, reference=reference)

@@ -45,8 +45,20 @@ def targets(samples: Samples, target: str, compute: torch.dtype) -> Tensor:  # [
     return alpha * noisy.noise(samples, compute) - sigma * noisy.clean(samples, compute)
 
 
-def run_backward(error: Tensor, cu_patches: Tensor | None, factor: Tensor) -> Tensor:
-    """error times the factor [B] of its sample, rounded once."""
+def factors(
+    error: Tensor,  # [B, K, P*P*C] or [M, P*P*C]
+    cu_patches: Tensor | None,  # [B + 1] int32
+    grad_mean: Tensor,  # [] float32
+    grad_per_sample: Tensor,  # [B] float32
+) -> Tensor:  # [B] float32; of a sample without patches: unused
+    """What the incoming gradients make of each sample's error: their sum, over the elements that it shows."""
+    counts = error.shape[1] if cu_patches is None else cu_patches.diff().long()
+    return (grad_mean / grad_per_sample.shape[0] + grad_per_sample) / (counts * error.shape[-1])
+
+
+def run_backward(error: Tensor, cu_patches: Tensor | None, grad_mean: Tensor, grad_per_sample: Tensor) -> Tensor:
+    """error times the factor of its sample, rounded once."""
+    factor = factors(error, cu_patches, grad_mean, grad_per_sample)
     if cu_patches is None:
         return (error * factor[:, None, None]).to(error.dtype)
     return (error * factor[sample_of(error, cu_patches), None]).to(error.dtype)

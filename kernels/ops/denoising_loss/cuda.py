@@ -1,0 +1,89 @@
+"""denoising_loss by the compiled CUDA library."""
+
+import ctypes
+import itertools
+
+import torch
+from torch import Tensor
+
+from maskdiff_kernels import library
+from maskdiff_kernels.ops.samples import Samples
+from maskdiff_kernels.ops.structs import DTYPES, TARGETS, address, call_cuda, current_stream
+from maskdiff_kernels.ops.visible import cuda_struct
+
+SLOTS = 16384  # MASKDIFF_CUDA_SLOTS
+
+_fresh = itertools.count()
+_of_stream: dict[tuple[int | None, int | None], int] = {}
+
+
+def run(
+    prediction: Tensor,  # [B, K, P*P*C] or [M, P*P*C]
+    samples: Samples,
+    target: str,
+    weight: Tensor | None,  # [T] float32
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [], per-sample losses [B], and 2 weight_t (prediction - target), shaped and typed like the prediction.
+
+    Losses and gradients of numbers out of range are NaN: nothing is read back.
+    """
+    struct, device, strides = cuda_struct("denoising_loss", samples), prediction.device, prediction.stride()
+    mean, per_sample = (prediction.new_empty(shape, dtype=torch.float32) for shape in ((), samples.n.shape))
+    error = torch.empty(prediction.shape if needs_grad else 0, dtype=prediction.dtype, device=device)
+    count = library.cuda().maskdiff_cuda_denoising_loss_workspace
+    count.restype = ctypes.c_int64
+    workspace = torch.empty(count(ctypes.byref(struct)), dtype=torch.float64, device=device)
+    call_cuda(
+        "maskdiff_cuda_denoising_loss",
+        device,
+        ctypes.byref(struct),
+        address(prediction),
+        ctypes.c_int64(strides[0]),
+        ctypes.c_int64(strides[-2]),
+        DTYPES[prediction.dtype],
+        TARGETS[target],
+        address(weight),
+        address(mean),
+        address(per_sample),
+        address(error if needs_grad else None),
+        address(workspace),
+        _slot(device),
+    )
+    return mean, per_sample, error
+
+
+def run_backward(
+    error: Tensor,  # [B, K, P*P*C] or [M, P*P*C]
+    cu_patches: Tensor | None,  # [B + 1] int32
+    grad_mean: Tensor,  # [] float32
+    grad_per_sample: Tensor,  # [B] float32, of any stride
+) -> Tensor:
+    """error times the factor of its sample, rounded once."""
+    gradient = torch.empty_like(error)
+    batch, total = grad_per_sample.shape[0], error.numel() // error.shape[-1]
+    call_cuda(
+        "maskdiff_cuda_denoising_loss_backward",
+        error.device,
+        *map(address, (error, cu_patches, grad_mean, grad_per_sample)),
+        *map(ctypes.c_int64, (grad_per_sample.stride(0), batch, total, error.shape[-1])),
+        DTYPES[error.dtype],
+        address(gradient),
+    )
+    return gradient
+
+
+def _slot(device: torch.device) -> int:
+    """The library's counter that a launch uses: launches that may run side by side must not share one.
+
+    Those of a stream run one after another. A graph that is being captured may later run beside anything: each launch
+    in it keeps a slot of its own.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        slot = next(_fresh)
+    else:
+        key = device.index, current_stream(device)
+        slot = _of_stream[key] if key in _of_stream else _of_stream.setdefault(key, next(_fresh))
+    if slot >= SLOTS:
+        raise RuntimeError(f"denoising_loss: captured in graphs {SLOTS} times, takes no more in a process")
+    return slot
