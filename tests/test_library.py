@@ -87,8 +87,12 @@ def test_cuda_library_for_every_gpu():
     environment = os.environ | {"MASKDIFF_CUDA": "1", "MASKDIFF_CUDA_ARCHS": ""}
     generator = [] if (build / "CMakeCache.txt").is_file() or not shutil.which("ninja") else ["-G", "Ninja"]
     python = f"-DPython3_EXECUTABLE={sys.executable}"
-    output("cmake", "-S", str(ROOT), "-B", str(build), *generator, python, "-DMASKDIFF_STRICT=ON", env=environment)
+    options = ["-DMASKDIFF_STRICT=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    output("cmake", "-S", str(ROOT), "-B", str(build), *generator, python, *options, env=environment)
     output("cmake", "--build", str(build), "--target", "maskdiff_cuda", env=environment)
+    commands = {Path(c["file"]).name: c["command"] for c in json.loads((build / "compile_commands.json").read_text())}
+    unfused = {file for file, command in commands.items() if "-fmad=false" in command}
+    assert unfused == {"noisy_patches.cu", "denoising_loss.cu"}  # the bits of the CPU
     path = build / "libmaskdiff_cuda.so"
     assert {name for _, name in symbols(path, "-D")} == {name for name in declared() if "_cuda_" in name}
     dynamic = output("readelf", "-d", str(path))
