@@ -456,7 +456,7 @@ def test_choice():
 def test_where_cuda_cannot_another_runs(monkeypatch):
     """Its kernels have limits of length, width and dtype: auto goes on with PyTorch's own, a request is an error."""
     monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
-    monkeypatch.setattr(dispatch, "choose", lambda op, device, backend: cuda)
+    monkeypatch.setattr(dispatch, "choose", lambda op, device, backend, length: cuda)
     short, long = random(1, 5, 3, 2, 64, dtype=torch.bfloat16), random(1, 300, 3, 2, 64, dtype=torch.bfloat16)
     chosen = [attention_op._choose(x, None, x.shape[1], "auto") for x in (short, long, short.float())]
     assert chosen == [cuda, sdpa, sdpa]

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import torch
 import maskdiff_kernels as mk
 from maskdiff_kernels import dispatch, library
 from maskdiff_kernels.ops import structs
+from maskdiff_kernels.ops.attention import cpp, explicit, sdpa
 
 HEADER = Path(library.__file__).resolve().parent.parent / "csrc" / "maskdiff_kernels.h"
 OPS = ("draw_batch", "noisy_patches", "denoising_loss")
@@ -188,10 +190,78 @@ def test_choice(monkeypatch):
         mk.backends("sum")
 
 
-def test_table_names_what_is_there():
-    for table in dispatch._table().values():
-        for op, name in table.items():
-            assert name in mk.backends(op)
+def test_the_committed_table_is_sound():
+    table = dispatch.read_table((Path(dispatch.__file__).parent / "choices.json").read_text())
+    assert set(table["cpu"]) == set(table["cuda"]) == {"attention", *OPS}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"gpu": {}}, r"got 'gpu', takes devices such as .*cuda:9\.0"),
+        ({"cpu:sse9": {}}, "got 'cpu:sse9', takes devices"),
+        ({"cpu": {"sum": "cpp"}}, "cpu: got op 'sum', takes one of attention, draw_batch"),
+        ({"cuda:9.0": {"draw_batch": "cpp"}}, "cuda:9.0: draw_batch: got 'cpp', takes one of reference"),
+        ({"cpu": {"draw_batch": [[None, "cpp"]]}}, r'draw_batch: got \[\[null, "cpp"\]\], takes a name$'),
+        ({"cpu": {"attention": [[16, "cpp"], [None, "flash"]]}}, "attention: got 'flash', takes one of cpp, sdpa"),
+        *(
+            ({"cpu": {"attention": entry}}, "attention: got .*, takes a name, or .* pairs that rise and end with null")
+            for entry in (
+                None, 5, [], [[16, "cpp"]], [["16", "cpp"], [None, "sdpa"]], [[16.5, "cpp"], [None, "sdpa"]],
+                [[16, "cpp"], [16, "sdpa"], [None, "cpp"]], [[0, "cpp"], [None, "sdpa"]], [[None, "cpp"], [None, "cpp"]],
+                [[None, "cpp", 1]], ["cpp"], [[None, None]],
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_tables_of_another_form(table, message):
+    with pytest.raises(ValueError, match=f"^choices.json: {message}" if "cpu" not in table else message):
+        dispatch.read_table(json.dumps(table))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_choice_may_depend_on_the_length(monkeypatch):
+    monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
+    by_length = ((16, "cpp"), (65, "explicit"), (math.inf, "sdpa"))
+    monkeypatch.setattr(dispatch, "_table", lambda: {"cpu": {"attention": by_length, "draw_batch": "cpp"}})
+    ran = []
+    for name, module in (("cpp", cpp), ("explicit", explicit), ("sdpa", sdpa)):
+        for function in ("run", "run_backward"):
+
+            def spy(*arguments, name=name, run=getattr(module, function)):
+                ran.append(name)
+                return run(*arguments)
+
+            monkeypatch.setattr(module, function, spy)
+    for length, expected in ((1, "cpp"), (16, "cpp"), (17, "explicit"), (65, "explicit"), (66, "sdpa"), (999, "sdpa")):
+        assert dispatch.choice("attention", "cpu", length=length) == expected
+    for lengths, expected in (((16,), "cpp"), ((3, 17), "explicit"), ((66,), "sdpa")):
+        ran.clear()
+        qkv = torch.randn(sum(lengths), 3, 1, 32, requires_grad=True)
+        mk.attention(qkv, torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths)).sum().backward()
+        assert ran == [expected] * 2, lengths
+    assert mk.chosen("cpu")["attention"] == "cpp to 16 tokens, explicit to 65 tokens, sdpa beyond"
+    assert dispatch.choice("attention", "cpu", "explicit", 500) == "explicit"
+    monkeypatch.setattr(dispatch, "_table", lambda: {"cpu": {"attention": ((16, "cpp"), (math.inf, "cuda"))}})
+    dispatch._choice.cache_clear()
+    with pytest.raises(ValueError, match="^choices.json: 'cuda' of attention takes cuda tensors, not cpu"):
+        dispatch.choice("attention", "cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_the_default_device_changes_nothing(backend):
+    """Outputs stand where the inputs do: a pointer to memory of another device would end the process."""
+    here: dict = {}
+    exec(PROGRAM.replace("result =", "unused ="), here)
+    table, store, n = here["table"], here["store"], torch.arange(8)
+    qkv = torch.randn(6, 3, 1, 32)
+    with torch.device("meta"):
+        for mask in (mk.Mask("patch", counts=(100,)), mk.Mask("patch", counts=(1, 256, 30, 9))):
+            batch = mk.draw_batch(here["seed"], n, 7, (16, 16), mask, 50, backend=backend)
+            x = mk.noisy_patches(store, batch, table, here["seed"], backend=backend).requires_grad_()
+            mk.denoising_loss(x, store, batch, table, here["seed"], backend=backend)[0].backward()
+            assert {value.device.type for value in (batch.keep_ids, batch.flip, x, x.grad)} == {"cpu"}
+        assert mk.attention(qkv[None], backend=backend).device.type == "cpu"
 
 
 def test_the_level_may_have_its_own_choice(monkeypatch):
