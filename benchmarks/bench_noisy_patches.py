@@ -1,7 +1,7 @@
 """noisy_patches: GB/s of bytes read and numbers written, beside its twin and plain PyTorch. See conftest.py.
 
 torch gathers the visible patches and draws noise for them alone; torch_whole does as published trainers do: noise on
-whole images, tokens dropped afterwards. Neither mirrors. copy is a clone of half as many bytes: the same traffic.
+whole images, tokens dropped afterwards. Neither mirrors.
 """
 
 import pytest
@@ -14,7 +14,7 @@ SIZE, PATCHES = PATCH * PATCH * CHANNELS, GRID[0] * GRID[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VISIBLE = {"whole": 256, "half": 128, "tenth": 26}
 SHAPES = [f"{share}-{dtype}" for share in VISIBLE for dtype in DTYPES]
-CASES = {shape: ("cpp", "reference", "torch", "torch_whole", "copy") for shape in SHAPES}
+CASES = {shape: ("cpp", "reference", "torch", "torch_whole") for shape in SHAPES}
 CASES |= {f"{shape}-gather": ("cpp", "reference") for shape in SHAPES}
 
 
@@ -40,11 +40,7 @@ def build(case: str, device="cpu"):
         alpha, sigma = table[batch.timestep][:, :, None, None].unbind(1)
         return (alpha * x0 + sigma * torch.randn_like(x0)).to(dtype)[rows, keep_ids]
 
-    peers = {
-        "torch": gathered,
-        "torch_whole": whole,
-        "copy": torch.empty(work // 2, dtype=torch.uint8, device=device).clone,
-    }
+    peers = {"torch": gathered, "torch_whole": whole}
     if how in peers:
         return peers[how], work, "bytes"
     return lambda: mk.noisy_patches(store, batch, table, seed, dtype, how), work, "bytes"

@@ -140,11 +140,13 @@ def in_turns(benchmark, kept, base, revisions, request: pytest.FixtureRequest) -
         calls, clock = {}, measure.LongClock()
         for name in names:
             calls[name], work, unit = build(f"{case}-{name}")
-        one_round = sum(max(clock.length, measure.seconds(call, CPU)) for call in calls.values())
-        rounds = max(5, min(ROUNDS, int(LONG / one_round)))
-        samples = measure.interleaved(calls, rounds, CPU, clock=clock)
+        copy, copied = measure.memory_copy(CPU, 1 << 26)
+        calls[records.COPY] = copy
+        one_round = sum(max(clock.length, clock.once(call, CPU)) for call in calls.values())
+        rounds, warm = max(5, min(ROUNDS, int(LONG / one_round))), 2 if one_round < 1 else 0
+        samples = measure.interleaved(calls, rounds, CPU, clock=clock, warm=warm)
         peers = [name for name in names if name not in OURS]
-        rows = records.timed(fixed or records.fixed(op, case), samples, peers, {unit: work})
+        rows = records.timed(fixed or records.fixed(op, case), samples, peers, {unit: work}, copied)
         lines = []
         if revisions and "cpp" in names:
             times = [[revision.seconds(request.path, f"{case}-cpp") for revision in revisions] for _ in range(ROUNDS)]

@@ -112,20 +112,20 @@ def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
         able = runnable(op, device)
         for shape, known in bench.CASES.items():
             fixed = records.fixed(op, shape)
-            others = [name for name in known if name not in mk.backends(op)]
+            others = [how for how in known if how not in mk.backends(op)]
+            dtype = DTYPES.get(fixed["dtype"], torch.float32)
             work, unit = bench.build(f"{shape}-{able[0]}", device)[1:]
 
-            def open(
-                shape: str = shape,
-                others: list[str] = others,
-                dtype: torch.dtype = DTYPES.get(fixed["dtype"], torch.float32),
-            ) -> tuple:
+            def open(shape: str = shape, others: list[str] = others, dtype: torch.dtype = dtype) -> tuple:
                 expected = flat(bench.build(f"{shape}-reference", device)[0]())
+
+                def build(name: str) -> Callable[[], Any]:
+                    return bench.build(f"{shape}-{name}", device)[0]
 
                 def judge(name: str, result: Any) -> str:
                     return "" if name in others else unlike(flat(result), expected, dtype)
 
-                return lambda name: bench.build(f"{shape}-{name}", device)[0], judge
+                return build, judge
 
             yield Case(fixed, {unit: work}, (*able, *others), open)
 
@@ -204,7 +204,7 @@ class Runner:
                     return False
         if calls:
             copy, copied = measure.memory_copy(self.device, 1 << (30 if self.device.type == "cuda" else 22))
-            samples = measure.interleaved({**calls, "copy": copy}, self.rounds, self.device, clock=self.clock)
+            samples = measure.interleaved({**calls, records.COPY: copy}, self.rounds, self.device, clock=self.clock)
             rows = records.timed(
                 case.fixed, samples, case.peers(), case.work, copied, lambda name: self.launches(calls[name])
             )

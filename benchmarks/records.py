@@ -2,7 +2,7 @@
 
 A row: op, case (a shape in words), shape (the same in numbers), dtype, implementation, peer (whether it is none of
 maskdiff's), ms (20th, 50th and 80th percentile), gbs, gflops or images_per_s, copy_share (of the copy rate measured in
-turns with it), best_peer and ratio (the peer's time over this one's, round by round: percentiles again, and the median),
+turns with it), best_peer and ratio (the peer's time over this one's, round by round; ratios has the percentiles),
 launches ("graph", "eager" or "host"); or error, why there is no time.
 With it: device ("cuda:9.0", "cpu:avx2"), card, commit, versions, time, and the card's own rates in that run.
 """
@@ -24,6 +24,7 @@ from maskdiff import measure
 from maskdiff_kernels import dispatch
 
 Row = dict[str, Any]
+COPY = "(copy)"  # what runs in turns with the implementations
 SHARES = ("p20", "p50", "p80")
 UNITS = {"bytes": ("gbs", 1e-6), "flops": ("gflops", 1e-6), "images": ("images_per_s", 1e3)}  # of work in ms
 
@@ -114,26 +115,24 @@ def fixed(op: str, words: str) -> Row:
 
 def timed(
     fixed: Row,  # op, case, shape, dtype
-    samples: dict[str, list[float]],  # ms of each implementation, and of "copy"
+    samples: dict[str, list[float]],  # ms of each implementation, and of COPY
     peers: Iterable[str],
     work: dict[str, float],  # of one call: bytes, flops, images
-    copied: float = 0.0,  # bytes of "copy"
+    copied: float,  # bytes of COPY
     launches: Callable[[str], str] = lambda _: "host",
 ) -> list[Row]:
     """The rows of a case whose implementations were timed in turns."""
     quantiles = {name: measure.quantiles(values) for name, values in samples.items()}
-    copy_gbs = copied / quantiles["copy"][1] / 1e6 if copied else None
+    copy_gbs = copied / quantiles.pop(COPY)[1] / 1e6
     others = [name for name in quantiles if name in set(peers)]
     best = min(others, key=lambda name: quantiles[name][1], default=None)
     rows = []
     for name, values in quantiles.items():
-        if name == "copy":
-            continue
         row = {**fixed, "implementation": name, "peer": name in others, "ms": dict(zip(SHARES, values, strict=True))}
         for unit, (rate, scale) in UNITS.items():
             if work.get(unit):
                 row[rate] = work[unit] / values[1] * scale
-        if copy_gbs and "gbs" in row:
+        if "gbs" in row:
             row |= {"copy_gbs": copy_gbs, "copy_share": row["gbs"] / copy_gbs}
         if best:
             ratios = measure.quantiles([there / here for there, here in zip(samples[best], samples[name], strict=True)])

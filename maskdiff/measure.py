@@ -23,13 +23,19 @@ def wall_clock(call: Callable[[], object], device: torch.device) -> Callable[[],
 class LongClock:
     """A Clock of the host's for short calls: each reading is the mean over some 20 ms of them."""
 
-    def __init__(self, length: float = 0.02) -> None:  # seconds
-        self.length, self.repeats = length, dict[Callable[[], object], int]()
+    def __init__(self, length: float = 0.02) -> None:
+        self.length = length  # seconds
+        self.took: dict[Callable[[], object], float] = {}
+
+    def once(self, call: Callable[[], object], device: torch.device) -> float:
+        """Seconds of one of a call's first runs: the second, which loads nothing any more, unless that takes long."""
+        if call not in self.took:
+            took = seconds(call, device)
+            self.took[call] = took if took > 0.1 else seconds(call, device)
+        return self.took[call]
 
     def __call__(self, call: Callable[[], object], device: torch.device) -> Callable[[], float]:
-        if call not in self.repeats:
-            self.repeats[call] = max(1, round(self.length / seconds(call, device)))
-        repeats = self.repeats[call]
+        repeats = max(1, round(self.length / self.once(call, device)))
 
         def several() -> None:
             for _ in range(repeats):
@@ -40,7 +46,7 @@ class LongClock:
 
 
 class Captured:
-    """A call as a CUDA graph: launching it again costs the host next to nothing. Raises RuntimeError where it cannot."""
+    """A call as a CUDA graph, whose launch costs the host next to nothing. Raises RuntimeError where it cannot be."""
 
     def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
         side = torch.cuda.Stream(device)
@@ -86,15 +92,16 @@ def interleaved(
     device: torch.device,
     on_round: Callable[[int], None] = lambda _: None,
     clock: Clock = wall_clock,
+    warm: int = 2,
 ) -> dict[str, list[float]]:
     """Runs every contestant once a round and returns each one's milliseconds; the order turns from round to round.
 
-    A drift of the machine's speed then falls on all alike. Each contestant runs twice before anything counts.
+    A drift of the machine's speed then falls on all alike. Each contestant runs `warm` times before anything counts.
     """
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
-        for _ in range(2):
+        for _ in range(warm):
             contestants[name]()
     for turn in range(rounds):
         shift = turn % len(names)

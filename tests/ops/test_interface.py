@@ -208,8 +208,8 @@ def test_the_committed_table_is_sound():
             ({"cpu": {"attention": entry}}, "attention: got .*, takes a name, or .* pairs that rise and end with null")
             for entry in (
                 None, 5, [], [[16, "cpp"]], [["16", "cpp"], [None, "sdpa"]], [[16.5, "cpp"], [None, "sdpa"]],
-                [[16, "cpp"], [16, "sdpa"], [None, "cpp"]], [[0, "cpp"], [None, "sdpa"]], [[None, "cpp"], [None, "cpp"]],
-                [[None, "cpp", 1]], ["cpp"], [[None, None]],
+                [[16, "cpp"], [16, "sdpa"], [None, "cpp"]], [[0, "cpp"], [None, "sdpa"]], [[None, "cpp", 1]],
+                [[None, "cpp"], [None, "cpp"]], ["cpp"], [[None, None]],
             )
         ),
     ],
@@ -225,14 +225,13 @@ def test_the_choice_may_depend_on_the_length(monkeypatch):
     by_length = ((16, "cpp"), (65, "explicit"), (math.inf, "sdpa"))
     monkeypatch.setattr(dispatch, "_table", lambda: {"cpu": {"attention": by_length, "draw_batch": "cpp"}})
     ran = []
+
+    def spied(name: str, run):
+        return lambda *arguments: (ran.append(name), run(*arguments))[1]
+
     for name, module in (("cpp", cpp), ("explicit", explicit), ("sdpa", sdpa)):
         for function in ("run", "run_backward"):
-
-            def spy(*arguments, name=name, run=getattr(module, function)):
-                ran.append(name)
-                return run(*arguments)
-
-            monkeypatch.setattr(module, function, spy)
+            monkeypatch.setattr(module, function, spied(name, getattr(module, function)))
     for length, expected in ((1, "cpp"), (16, "cpp"), (17, "explicit"), (65, "explicit"), (66, "sdpa"), (999, "sdpa")):
         assert dispatch.choice("attention", "cpu", length=length) == expected
     for lengths, expected in (((16,), "cpp"), ((3, 17), "explicit"), ((66,), "sdpa")):
