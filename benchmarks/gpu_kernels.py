@@ -75,7 +75,7 @@ def stratified(count: int, mean: int, most: int | None = None) -> tuple[int, ...
     """Lengths spread evenly from half to three halves of the mean (or to `most`, and as far down), in mixed order."""
     reach = mean / 2 if most is None else most - mean
     even = [round(mean + reach * (2 * (i + 0.5) / count - 1)) for i in range(count)]
-    stride = next(step for step in range(count * 3 // 8 | 1, count + 2) if math.gcd(step, count) == 1)
+    stride = next(step for step in range(max(3, count * 3 // 8), count + 2) if math.gcd(step, count) == 1)
     return tuple(even[i * stride % count] for i in range(count))
 
 
