@@ -1,15 +1,20 @@
 """Implementations and inputs of the op tests."""
 
+import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from placing import here
 from torch import Tensor
 
 import maskdiff_kernels as mk
-from maskdiff_kernels import library
+from maskdiff_kernels import dispatch, library
 
 TIMESTEPS = 50
+ON_CUDA = "on-cuda"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products on a GPU take
 
 
 @pytest.fixture(params=library.cpu_levels())
@@ -19,12 +24,40 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=["reference", *(f"cpp-{name}" for name in library.cpu_levels())])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """test_<op>.py's `implementation`: each of the op's backends, on each device that it takes."""
+    if "implementation" in metafunc.fixturenames:
+        op = metafunc.definition.path.stem.removeprefix("test_")
+        metafunc.parametrize("implementation", implementations(op), indirect=True)
+
+
+def implementations(op: str) -> list[Any]:
+    """ "cpp-avx2", ... for every instruction set; "reference"; "cuda-on-cuda", "reference-on-cuda", ... on a GPU."""
+    found: list[Any] = []
+    for name, known in dispatch._OPS[op].items():
+        if name == "cpp":
+            found += [f"cpp-{level}" for level in library.cpu_levels()]
+        elif known.can_run("cpu")[0]:
+            found.append(name)
+        if not known.devices or "cuda" in known.devices:
+            able, reason = known.can_run("cuda")
+            if able and not torch.cuda.is_available():
+                able, reason = False, "PyTorch sees no CUDA device"
+            marks = () if able else pytest.mark.skip(reason=f"{name}: {reason}")
+            found.append(pytest.param(f"{name}-{ON_CUDA}", marks=marks))
+    return found
+
+
+@pytest.fixture
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each value of `backend` that can run here; C++ at each instruction set."""
-    backend, _, name = request.param.partition("-")
-    with library.use_cpu_level(name or library.cpu_level()):
-        yield backend
+    """A value of `backend`. New tensors stand on the device that it is to run on: ask for this fixture first."""
+    backend, _, where = request.param.partition("-")
+    if where == ON_CUDA:
+        with torch.device("cuda"):
+            yield backend
+    else:
+        with library.use_cpu_level(where or library.cpu_level()):
+            yield backend
 
 
 @pytest.fixture
@@ -36,7 +69,8 @@ def make_store() -> Callable[..., mk.Store]:
     ) -> mk.Store:
         size, count = patch * patch * channels, grid[0] * grid[1]
         generator = torch.Generator().manual_seed(1)
-        flat = torch.randint(0, 256, (images, count * size + pad), dtype=torch.uint8, generator=generator)
+        shape = (images, count * size + pad)
+        flat = here(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device="cpu"))
         return mk.Store(flat[:, : count * size].unflatten(1, (count, size)), grid, patch)
 
     return make
@@ -50,14 +84,16 @@ def make_batch() -> Callable[..., mk.Batch]:
         patches = store.grid[0] * store.grid[1]
         counts = [visible] * batch if isinstance(visible, int) else visible
         generator = torch.Generator().manual_seed(2)
-        kept = [torch.randperm(patches, generator=generator)[:count].sort().values.int() for count in counts]
+        draw = {"generator": generator, "device": "cpu"}
+        kept = [torch.randperm(patches, **draw)[:count].sort().values.int() for count in counts]
+        image_ids = torch.randint(0, len(store.patches), (len(counts),), **draw)
         return mk.Batch(
             n=torch.arange(first, first + len(counts)),
-            image_ids=torch.randint(0, len(store.patches), (len(counts),), generator=generator),
-            keep_ids=torch.stack(kept) if isinstance(visible, int) else torch.cat(kept),
+            image_ids=here(image_ids),
+            keep_ids=here(torch.stack(kept) if isinstance(visible, int) else torch.cat(kept)),
             cu_patches=None if isinstance(visible, int) else torch.tensor([0, *counts]).cumsum(0).int(),
             flip=torch.arange(len(counts)) % 2 == 1,
-            timestep=torch.randint(0, TIMESTEPS, (len(counts),), generator=generator),
+            timestep=here(torch.randint(0, TIMESTEPS, (len(counts),), **draw)),
             drop_label=torch.zeros(len(counts), dtype=torch.bool),
         )
 
