@@ -1,7 +1,7 @@
 """`python tests/gpu.py` (make gpu-test): what has to hold on a machine with a GPU, in order, with a summary.
 
-The CUDA library is built for the GPU present, unless a fresh one is there; then every wrapper of ptx.cuh is held to the
-PTX ISA's tables; then the op tests run on CUDA tensors; then attention's kernels under compute-sanitizer, where tool and
+The CUDA library is built for the GPU present, unless a fresh one is there; every wrapper of ptx.cuh is held to the PTX
+ISA's tables; then the op tests run on CUDA tensors, and attention's kernels under compute-sanitizer, where tool and
 driver allow it. Needs PyTorch, NumPy, pytest, CMake and nvcc, and maskdiff_kernels on the path; nothing is installed.
 """
 
@@ -90,7 +90,9 @@ def fresh(arch: int) -> str:
         archs = sorted(map(int, library.cuda_archs().split(",")))
     except library.LibraryError as error:
         return str(error)
-    return "" if arch in archs or arch > archs[-1] else f"built for {archs}, not for {arch}"  # the last comes as PTX too
+    return (
+        "" if arch in archs or arch > archs[-1] else f"built for {archs}, not for {arch}"
+    )  # the last comes as PTX too
 
 
 def build(session: Session, arch: int) -> tuple[str, str]:
@@ -127,16 +129,22 @@ def conformance(session: Session, arch: int) -> tuple[str, str]:
     except AssertionError as error:
         print(error)
         return FAILED, "the wrappers do not compile"
-    result, said = session.checked(sys.executable, EMULATION / "conformance.py", built, "--cuda")
-    return result, said if result == FAILED else "every wrapper as the PTX ISA's tables say"
+    status, printed = session.command(sys.executable, EMULATION / "conformance.py", built, "--cuda")
+    if status == 0:
+        return OK, "every wrapper as the PTX ISA's tables say"
+    print(printed)
+    wrong = [line.split("NOT as the table says, ")[1] for line in printed.splitlines() if " NOT as " in line]
+    return FAILED, "; ".join(wrong) or "it did not come to an end"
 
 
 def op_tests(session: Session) -> tuple[str, str]:
     """tests/ops on CUDA tensors, by every implementation that can run."""
     files = [ROOT / "tests" / "ops" / f"test_{op}.py" for op in dispatch._OPS]
+    files += [ROOT / "tests" / "ops" / f"test_{name}.py" for name in ("interface", "registration")]
     files += sorted((ROOT / "tests" / "ops").glob("test_*_triton.py"))
     command = (sys.executable, "-m", "pytest", "-q", "-k", "on-cuda or on_cuda", *files)
-    return session.checked(*command, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    result, said = session.checked(*command, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    return (result, said) if " passed" in said else (FAILED, f"no test ran: {said}")
 
 
 def sanitized(session: Session, tool: str) -> tuple[str, str]:

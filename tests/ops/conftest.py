@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,26 +25,27 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """test_<op>.py's `implementation`: each of the op's backends, on each device that it takes."""
+    """A test's `implementation`: each backend of its op, on each device that it takes."""
     if "implementation" in metafunc.fixturenames:
-        op = metafunc.definition.path.stem.removeprefix("test_")
-        metafunc.parametrize("implementation", implementations(op), indirect=True)
+        found = implementations(backends_of(metafunc.definition.path))
+        metafunc.parametrize("implementation", found, indirect=True)
 
 
-def implementations(op: str) -> list[Any]:
+def backends_of(path: Path) -> dict[str, dispatch.Implementation]:
+    """Those of the op that test_<op>.py is named after; elsewhere those that all ops of images have."""
+    return dispatch._OPS.get(path.stem.removeprefix("test_"), dispatch._OPS["denoising_loss"])
+
+
+def implementations(backends: dict[str, dispatch.Implementation]) -> list[str]:
     """ "cpp-avx2", ... for every instruction set; "reference"; "cuda-on-cuda", "reference-on-cuda", ... on a GPU."""
-    found: list[Any] = []
-    for name, known in dispatch._OPS[op].items():
+    found = []
+    for name, known in backends.items():
         if name == "cpp":
             found += [f"cpp-{level}" for level in library.cpu_levels()]
         elif known.can_run("cpu")[0]:
             found.append(name)
         if not known.devices or "cuda" in known.devices:
-            able, reason = known.can_run("cuda")
-            if able and not torch.cuda.is_available():
-                able, reason = False, "PyTorch sees no CUDA device"
-            marks = () if able else pytest.mark.skip(reason=f"{name}: {reason}")
-            found.append(pytest.param(f"{name}-{ON_CUDA}", marks=marks))
+            found.append(f"{name}-{ON_CUDA}")
     return found
 
 
@@ -53,6 +54,11 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """A value of `backend`. New tensors stand on the device that it is to run on: ask for this fixture first."""
     backend, _, where = request.param.partition("-")
     if where == ON_CUDA:
+        able, reason = backends_of(request.path)[backend].can_run("cuda")
+        if not torch.cuda.is_available():
+            pytest.skip("PyTorch sees no CUDA device")
+        if not able:
+            pytest.skip(f"{backend}: {reason}")
         with torch.device("cuda"):
             yield backend
     else:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import maskdiff_kernels as mk
-from maskdiff_kernels import dispatch, library
+from maskdiff_kernels import dispatch, library, philox
 from maskdiff_kernels.ops import structs
 from maskdiff_kernels.ops.attention import cpp, explicit, sdpa
 
@@ -162,6 +162,23 @@ def test_broken_library(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "LIBRARIES", tmp_path)
     with pytest.raises(mk.LibraryError, match=r"does not load .*run `pip install -e \.`"):
         draw("cpp")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+def test_counted_words_on_cuda():
+    """The CUDA library's smallest kernel gives the words of the reference."""
+    seed, n, blocks = torch.tensor([-(2**61) - 5]), torch.tensor([0, 1, 2**33 + 7]), 300
+    words = torch.empty(3, blocks, 4, dtype=torch.int32, device="cuda")
+    sums = torch.empty(3, dtype=torch.int32, device="cuda")
+    on_card = seed.cuda(), n.cuda()
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*on_card, words, sums)]
+    code = library.cuda().maskdiff_cuda_count_words(
+        *pointers[:2], ctypes.c_int64(3), philox.NOISE, ctypes.c_int64(blocks), *pointers[2:], 0, None
+    )
+    assert code == 0
+    expected = philox.words(seed, n[:, None], philox.NOISE, torch.arange(blocks))
+    assert torch.equal(words.cpu().long() & 0xFFFFFFFF, expected)
+    assert torch.equal(sums.cpu().long() & 0xFFFFFFFF, expected.sum((1, 2)) & 0xFFFFFFFF)
 
 
 # ---- choice of implementation ----
