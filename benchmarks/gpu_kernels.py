@@ -189,7 +189,12 @@ class Runner:
 
     def run(self, case: Case, names: list[str]) -> bool:
         """Measures a case's contestants; whether all of them have a row now."""
-        build, judge = case.open()
+        try:
+            build, judge = case.open()
+        except Exception as error:  # noqa: BLE001  memory too small for the inputs, say
+            for name in names:
+                self.fail(case, name, error)
+            return not self.broken
         calls: dict[str, Callable[[], object]] = {}
         late = []
         for name in names:

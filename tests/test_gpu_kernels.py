@@ -231,6 +231,15 @@ def test_graphs_where_they_can_be(card, monkeypatch):
     assert len(rows["cuda"]["ratios"]) == 3 and rows["cuda"]["card"] == "a card"
 
 
+def test_inputs_that_cannot_be_made(card):
+    def open():
+        raise MemoryError("too large")
+
+    case = gpu_kernels.Case({"op": "attention", "case": "x", "shape": {}, "dtype": "bf16"}, {}, ("cuda", "sdpa"), open)
+    assert card.run(case, card.missing(case)) and card.missing(case) == []
+    assert {row["error"] for row in card.kept.of(*case.key).values()} == {"MemoryError: too large"}
+
+
 def test_a_device_that_answers_no_more(card, monkeypatch, tmp_path):
     """The row is kept, nothing else is tried in this process."""
 
