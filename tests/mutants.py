@@ -193,6 +193,41 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "kernels/dispatch.py",
+        ("tests/ops/test_interface.py", "-k", "table or length or choice"),
+        (
+            ("if length <= most)", "if length < most)"),
+            ("if any(a >= b for a, b in zip([0, *most]", "if any(a > b for a, b in zip([0, *most]"),
+            ("for key in (device_key(device), device.type)", "for key in (device.type,)"),
+        ),
+    ),
+    (
+        "benchmarks/records.py",
+        ("tests/test_gpu_kernels.py",),
+        (
+            ("there / here for there, here", "here / there for there, here"),
+            ("[old for old in self.rows if _place(old) != _place(row)]", "self.rows"),
+        ),
+    ),
+    (
+        "benchmarks/gpu_kernels.py",
+        ("tests/test_gpu_kernels.py",),
+        (
+            ("if said := judge(captured.result):", "if said := judge(call()):"),
+            ("return 1 if runner.wrong else 0", "return 0"),
+            ('or not rows[name]["error"]]', "]"),
+        ),
+    ),
+    (
+        "benchmarks/choices.py",
+        ("tests/test_gpu_kernels.py",),
+        (
+            ("set.intersection(*(", "set.union(*("),
+            ('if row["shape"]["backward"]:', "if True:"),
+            ("    if options.write:\n", "    if True:\n"),
+        ),
+    ),
+    (
         "tests/emulation/instructions.h",
         PLAIN_FAULTS,
         (
