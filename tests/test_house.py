@@ -96,7 +96,6 @@ def test_heavy_packages_are_imported_where_they_are_used():
         tops = {module.split(".")[0] for module in imports(path, top_only=True)}
         allowed = {"triton"} if path.name == "triton_kernel.py" else set()  # which others import inside functions
         assert tops.isdisjoint(HEAVY - allowed), name(path)
-        assert not any("triton_kernel" in module for module in imports(path, top_only=True)), name(path)
 
 
 def test_measuring_needs_no_heavy_package():

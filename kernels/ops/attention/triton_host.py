@@ -12,7 +12,6 @@ from torch import Tensor
 from maskdiff_kernels import dispatch
 from maskdiff_kernels.library import LibraryError
 
-LOG2_E = 1.4426950408889634
 OLDEST = (3, 5)
 
 
@@ -47,7 +46,7 @@ BACKWARD: Tiles = {
     (128, 2): _TO_32_WIDE | {64: Tile(64, 32, 8), ANY: Tile(64, 32, 8, 2)},
     (32, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 4), ANY: Tile(32, 32, 4)},
     (64, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 8), ANY: Tile(32, 32, 8)},
-    (128, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 16), ANY: Tile(32, 32, 16)},
+    (128, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 16), ANY: Tile(16, 16, 8)},
 }
 
 
@@ -88,7 +87,7 @@ def run(
     heads, width = qkv.shape[-2:]
     out = qkv.new_empty(*qkv.shape[:-3], heads * width)
     lse = qkv.new_empty(heads, out.numel() // (heads * width), dtype=torch.float32)
-    _launch("forward", FORWARD, qkv, cu_seqlens, max_seqlen, (out, lse, scale * LOG2_E))
+    _launch("forward", FORWARD, qkv, cu_seqlens, max_seqlen, (out, lse, scale))
     return out, lse
 
 
@@ -106,7 +105,7 @@ def run_backward(
         grad_out = grad_out.contiguous()  # an expanded gradient, as sum() gives it
     grad_qkv = qkv.new_empty(qkv.shape)
     strides = grad_out.stride()[:-1] if cu_seqlens is None else (0, grad_out.stride(0))
-    arguments = (out, lse, grad_out, grad_qkv, *strides, scale * LOG2_E, scale)
+    arguments = (out, lse, grad_out, grad_qkv, *strides, scale)
     _launch("backward", BACKWARD, qkv, cu_seqlens, max_seqlen, arguments)
     return grad_qkv
 

@@ -1,8 +1,9 @@
 """attention in Triton, on any vendor's GPU: kernels that read packed qkv by its strides and write each number once.
 
-Needs the package triton, so nothing imports this file but triton_host.py, when it first runs. Scores are kept in units
-of log2 (`factor` is scale * log2(e)); sums, softmax and accumulators are float32, and so are float32 products.
-`length` stands for the length of all sequences, or, with cu_seqlens, the most tokens that a sequence may have.
+Needs the package triton, so triton_host.py imports this file when it first runs. Sums, softmax and accumulators are
+float32, and so are float32 products. Scores are kept in units of ln 2, so that a power of 2 is all that softmax takes;
+those of float32 tensors are kept as they are, which is more exact. `length` is that of all sequences, or, with
+cu_seqlens, the most tokens that a sequence may have.
 """
 
 import triton
@@ -66,13 +67,21 @@ def _dot(a, b):
 
 
 @triton.jit
+def _exp(
+    x,  # scores
+    UNIT: tl.constexpr,
+):
+    return tl.exp2(x * (UNIT * LOG2_E))
+
+
+@triton.jit
 def _scores(
     a,  # [A, D]: queries, or keys
     b,  # [B, D]: the others
     factor,
     there,  # [A, B], or what can be broadcast to it: whether the sequence has such a key
 ):  # [A, B]
-    """Scores in units of log2, -inf where there is no key."""
+    """Scores, -inf where there is no key."""
     return tl.where(there, _dot(a, tl.trans(b)) * factor, float("-inf"))
 
 
@@ -82,7 +91,7 @@ def forward(
     cu_seqlens,  # [S + 1] int32, or None: equal lengths
     out,  # [T, H * D]
     lse,  # [H, T] float32
-    factor,
+    scale,
     length,
     tokens,  # T
     heads,  # H
@@ -96,6 +105,8 @@ def forward(
     ONE: tl.constexpr,  # one step holds all keys
 ):
     """Program (sequence, head, block of queries): the output and the log-sum-exp of its queries."""
+    UNIT: tl.constexpr = 1.0 if qkv.dtype.element_ty == tl.float32 else LN_2
+    factor = scale * (1.0 / UNIT)
     blocks = tl.cdiv(length, BLOCK)
     program = tl.program_id(0)
     begin = program % blocks * BLOCK
@@ -113,7 +124,7 @@ def forward(
     if ONE:
         s = _scores(q, _read(at, token_stride, 0, length, STEP, D), factor, (keys < length)[None, :])
         most = tl.max(s, 1)
-        p = tl.exp2(s - most[:, None])
+        p = _exp(s - most[:, None], UNIT)
         total = tl.sum(p, 1)
         mixed = _dot(p.to(q.dtype), _read(at + part_stride, token_stride, 0, length, STEP, D))
     else:
@@ -123,40 +134,44 @@ def forward(
         for key in range(0, length, STEP):
             s = _scores(q, _read(at, token_stride, key, length, STEP, D), factor, (key + keys < length)[None, :])
             before, most = most, tl.maximum(most, tl.max(s, 1))
-            shrink = tl.exp2(before - most)
-            p = tl.exp2(s - most[:, None])
+            shrink = _exp(before - most, UNIT)
+            p = _exp(s - most[:, None], UNIT)
             total = total * shrink + tl.sum(p, 1)
             v = _read(at + part_stride, token_stride, key, length, STEP, D)
             mixed = mixed * shrink[:, None] + _dot(p.to(q.dtype), v)
     row = heads * D
     _write(out + first * row + head * D, row, begin, length, mixed / total[:, None], BLOCK, D)
     rows = begin + tl.arange(0, BLOCK)
-    log_sum = (most + tl.log2(total)) * LN_2
+    log_sum = most * UNIT + tl.log2(total) * LN_2
     tl.store(lse + head.to(tl.int64) * tokens + first + rows, log_sum, mask=rows < length)
 
 
 @triton.jit
-def _queries(
-    q_at,  # of the sequence and head, like the others
-    grad_at,
-    out_at,
-    lse_at,
-    token_stride,
-    grad_token_stride,
+def _delta(
+    grad,  # [BLOCK, D] of the output
+    out_at,  # of the sequence and head
     row,
     begin,
     length,
     BLOCK: tl.constexpr,
     D: tl.constexpr,
-):
-    """What the backward needs of a block of queries: q, the output's gradient, its product with the output, the
-    log-sum-exp in units of log2."""
-    q = _read(q_at, token_stride, begin, length, BLOCK, D)
-    grad = _read(grad_at, grad_token_stride, begin, length, BLOCK, D)
+):  # [BLOCK] float32
+    """The sum of weights times their gradients of each query: the output times its gradient."""
     out = _read(out_at, row, begin, length, BLOCK, D)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    return tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+
+
+@triton.jit
+def _log_sums(
+    lse_at,  # of the sequence and head
+    begin,
+    length,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # [BLOCK]
+    """The log-sum-exp of queries, in units of scores."""
     rows = begin + tl.arange(0, BLOCK)
-    return q, grad, delta, tl.load(lse_at + rows, mask=rows < length, other=0.0) * LOG2_E
+    return tl.load(lse_at + rows, mask=rows < length, other=0.0) * (1.0 / UNIT)
 
 
 @triton.jit(do_not_specialize=["length", "tokens", "heads"])
@@ -169,7 +184,6 @@ def backward(
     grad_qkv,  # [T, 3, H, D]
     grad_sequence_stride,  # of grad_out, in elements, like the others; 0 with cu_seqlens
     grad_token_stride,
-    factor,
     scale,
     length,
     tokens,  # T
@@ -185,9 +199,11 @@ def backward(
 ):
     """Program (sequence, head, block): the gradients of the block's keys and values, and of its queries.
 
-    A program that has all keys at hand makes the queries' gradients in the same pass, from five products; else it needs
-    a second pass, over the keys, and seven products.
+    A program that has all keys at hand makes the queries' gradients in the same pass, from five products, and does not
+    read the output; else it needs a second pass, over the keys, and seven products.
     """
+    UNIT: tl.constexpr = 1.0 if qkv.dtype.element_ty == tl.float32 else LN_2
+    factor = scale * (1.0 / UNIT)
     blocks = tl.cdiv(length, BLOCK)
     program = tl.program_id(0)
     begin = program % blocks * BLOCK
@@ -214,13 +230,17 @@ def backward(
     grad_k = tl.zeros([BLOCK, D], tl.float32)
     grad_v = tl.zeros([BLOCK, D], tl.float32)
     for query in range(0, STEP if ONE and STEP == BLOCK else length, STEP):
-        q, grad, delta, log_sum = _queries(
-            q_at, grad_at, out_at, lse_at, token_stride, grad_token_stride, row, query, length, STEP, D
-        )
+        q = _read(q_at, token_stride, query, length, STEP, D)
+        grad = _read(grad_at, grad_token_stride, query, length, STEP, D)
         # keys down, queries across: what is summed over queries then needs no transposition
-        p = tl.exp2(_scores(k, q, factor, there) - log_sum[None, :])
+        log_sum = _log_sums(lse_at, query, length, UNIT, STEP)
+        p = _exp(_scores(k, q, factor, there) - log_sum[None, :], UNIT)
+        if ONE:
+            p /= tl.sum(p, 0)[None, :]  # rid of what rounding the log-sum-exp cost: a lone key weighs 1
         grad_v += _dot(p.to(q.dtype), grad)
-        grad_s = (p * (_dot(v, tl.trans(grad)) - delta[None, :])).to(q.dtype)
+        grad_p = _dot(v, tl.trans(grad))
+        delta = tl.sum(p * grad_p, 0) if ONE else _delta(grad, out_at, row, query, length, STEP, D)
+        grad_s = (p * (grad_p - delta[None, :])).to(q.dtype)
         grad_k += _dot(grad_s, q)
         if ONE:
             _write(to, 3 * row, query, length, _dot(tl.trans(grad_s), k) * scale, STEP, D)
@@ -228,15 +248,16 @@ def backward(
     _write(to + 2 * row, 3 * row, begin, length, grad_v, BLOCK, D)
 
     if not ONE:
-        own_q, own_grad, own_delta, own_log_sum = _queries(
-            q_at, grad_at, out_at, lse_at, token_stride, grad_token_stride, row, begin, length, BLOCK, D
-        )
+        own_q = _read(q_at, token_stride, begin, length, BLOCK, D)
+        own_grad = _read(grad_at, grad_token_stride, begin, length, BLOCK, D)
+        own_delta = _delta(own_grad, out_at, row, begin, length, BLOCK, D)
+        own_log_sum = _log_sums(lse_at, begin, length, UNIT, BLOCK)
         grad_q = tl.zeros([BLOCK, D], tl.float32)
         for key in range(0, length, STEP):
             keys = _read(k_at, token_stride, key, length, STEP, D)
             values = _read(v_at, token_stride, key, length, STEP, D)
             present = (key + tl.arange(0, STEP) < length)[None, :]
-            weights = tl.exp2(_scores(own_q, keys, factor, present) - own_log_sum[:, None])
-            grad_scores = weights * (_dot(own_grad, tl.trans(values)) - own_delta[:, None])
-            grad_q += _dot(grad_scores.to(own_q.dtype), keys)
+            weights = _exp(_scores(own_q, keys, factor, present) - own_log_sum[:, None], UNIT)
+            grad_weights = _dot(own_grad, tl.trans(values))
+            grad_q += _dot((weights * (grad_weights - own_delta[:, None])).to(own_q.dtype), keys)
         _write(to, 3 * row, begin, length, grad_q * scale, BLOCK, D)
