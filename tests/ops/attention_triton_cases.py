@@ -27,10 +27,10 @@ LENGTHS: dict[tuple[torch.dtype, int], list[int]] = {
 if INTERPRETED:
     LENGTHS = {
         (torch.float16, 32): [2, 17, 33, 65, 129],
-        (torch.float16, 64): [1, 2, 15, 16, 17, 27, 32, 33, 49, 63, 64, 65, 100, 127, 128, 129, 130, 196, 257, 417],
-        (torch.float16, 128): [2, 16, 31, 33, 64, 65, 128, 129],
+        (torch.float16, 64): [1, 2, 15, 16, 17, 27, 32, 33, 49, 63, 64, 65, 100, 127, 128, 129, 257],
+        (torch.float16, 128): [2, 31, 33, 64, 65, 128, 130],
         (torch.float32, 32): [1, 16, 33],
-        (torch.float32, 64): [1, 2, 15, 16, 17, 27, 31, 32, 33, 64, 65, 129],
+        (torch.float32, 64): [1, 2, 15, 16, 17, 27, 32, 33, 65, 129],
         (torch.float32, 128): [16, 17, 33],
     }
 DTYPES = sorted({dtype for dtype, _ in LENGTHS}, key=str)

@@ -25,9 +25,10 @@ class Tile(NamedTuple):
 
 
 # The tiles of sequences of at most so many tokens, by d and bytes of a number. A program holds a whole sequence, or in
-# the forward all its keys; ANY streams them. None spills registers on sm_80, 90, 100 or 120, nor needs more shared
-# memory than each has (tests/ops/test_attention_triton.py looks). What stands against larger ones: float32 products run
-# without tensor cores and need many registers, and so do the gradients of 128 keys at d = 128.
+# the forward all its keys; ANY streams them. None spills registers on sm_80, 90, 100 or 120 where strides are multiples
+# of 16 numbers, as those of a dense qkv are, nor needs more shared memory than each has: a test looks. What stands
+# against larger ones: float32 products run without tensor cores and need many registers, and so do the gradients of 128
+# keys at d = 128.
 ANY = 2**31
 _TO_32 = {16: Tile(16, 16, 1), 32: Tile(32, 32, 2)}
 _TO_32_WIDE = {16: Tile(16, 16, 2), 32: Tile(32, 32, 4)}
@@ -37,12 +38,12 @@ FORWARD: Tiles = {
     (64, 2): _TO_32 | {64: Tile(64, 64, 4), 128: Tile(128, 128, 8), ANY: Tile(64, 64, 4, 2)},
     (128, 2): _TO_32_WIDE | {64: Tile(64, 64, 8), 128: Tile(64, 128, 8), ANY: Tile(64, 32, 4, 2)},
     (32, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 4), ANY: Tile(32, 32, 4)},
-    (64, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 4), ANY: Tile(32, 32, 8)},
+    (64, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 4), ANY: Tile(32, 32, 4)},
     (128, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 16), ANY: Tile(32, 32, 16)},
 }
 BACKWARD: Tiles = {
     (32, 2): _TO_32 | {64: Tile(64, 32, 4), 128: Tile(128, 32, 8), ANY: Tile(64, 32, 4, 2)},
-    (64, 2): _TO_32 | {64: Tile(64, 32, 4), 128: Tile(128, 32, 8), ANY: Tile(64, 32, 4, 2)},
+    (64, 2): _TO_32 | {64: Tile(64, 32, 4), 128: Tile(128, 32, 8), ANY: Tile(64, 32, 8, 2)},
     (128, 2): _TO_32_WIDE | {64: Tile(64, 32, 8), ANY: Tile(64, 32, 8, 2)},
     (32, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 4), ANY: Tile(32, 32, 4)},
     (64, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 8), ANY: Tile(32, 32, 8)},
