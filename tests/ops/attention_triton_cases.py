@@ -27,7 +27,7 @@ LENGTHS: dict[tuple[torch.dtype, int], list[int]] = {
 if INTERPRETED:
     LENGTHS = {
         (torch.float16, 32): [2, 17, 33, 65, 129],
-        (torch.float16, 64): [1, 2, 15, 16, 17, 27, 32, 33, 49, 63, 64, 65, 100, 127, 128, 129, 257],
+        (torch.float16, 64): [1, 2, 15, 16, 17, 27, 32, 33, 49, 63, 64, 65, 100, 127, 128, 129, 257, 417],
         (torch.float16, 128): [2, 31, 33, 64, 65, 128, 130],
         (torch.float32, 32): [1, 16, 33],
         (torch.float32, 64): [1, 2, 15, 16, 17, 27, 32, 33, 65, 129],
@@ -143,9 +143,8 @@ def test_nothing_to_do(shape):
     assert out.shape == (*shape, 64) and grad.shape == (*shape, 3, 2, 32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("poisoned")
-def test_strides(dtype):
+def test_strides(dtype=torch.float16):
     layouts = [
         random(2, 23, 3, 2, 32, dtype=dtype)[:, 3:20],
         random(2, 17, 3, 3, 45, dtype=dtype)[:, :, :, 1:, 7:39],

@@ -89,8 +89,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def variants() -> list[tuple]:
-    """(kernel, dtype, d, most tokens, architecture, ragged): every tile, on the architectures in turn, and so bfloat16 or
-    float16, equal lengths or ragged. MASKDIFF_EVERY_TILE=1: all combinations, which takes some minutes."""
+    """(kernel, dtype, d, most tokens, architecture, ragged): every tile, on the architectures in turn, and so for
+    bfloat16 or float16, equal lengths or ragged. MASKDIFF_EVERY_TILE=1: all combinations, which takes some minutes."""
     tiles = [(kernel, *key, most) for kernel, table in TABLES.items() for key, row in table.items() for most in row]
     chosen = []
     for (i, (kernel, width, size, most)), (j, arch) in itertools.product(enumerate(tiles), enumerate(SHARED)):
