@@ -27,7 +27,7 @@ TABLES = {"forward": FORWARD, "backward": BACKWARD}
 
 
 def run_cases(**environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", str(CASES)]
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths} | environment, capture_output=True, text=True)
     assert done.returncode == 0 and re.search(r"\d+ passed", done.stdout), done.stdout + done.stderr
