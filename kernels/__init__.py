@@ -8,6 +8,7 @@ which can run here.
 from maskdiff_kernels import philox
 from maskdiff_kernels.dispatch import backends, chosen
 from maskdiff_kernels.library import LibraryError, cpu_level, source_version
+from maskdiff_kernels.ops.attention.op import WIDTHS as ATTENTION_WIDTHS
 from maskdiff_kernels.ops.attention.op import attention
 from maskdiff_kernels.ops.denoising_loss.op import denoising_loss
 from maskdiff_kernels.ops.draw_batch.op import Batch, Mask, draw_batch
@@ -15,6 +16,7 @@ from maskdiff_kernels.ops.noisy_patches.op import noisy_patches
 from maskdiff_kernels.ops.samples import Store
 
 __all__ = [
+    "ATTENTION_WIDTHS",
     "Batch",
     "LibraryError",
     "Mask",

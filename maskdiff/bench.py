@@ -138,8 +138,8 @@ def run(
     for key, (name, kind, rate, mask) in cells.items():
         visible = mask.counts[0]
         p20, step_ms, p80 = medians[key]
-        ideal = flops.ideal(model_config, visible)
-        work = batch * flops.step_flops(model_config, visible)
+        ideal = flops.ideal(model_config, mask.counts)
+        work = batch * flops.step_flops(model_config, mask.counts)
         gain = best_dense / step_ms
         rows.append(
             {

@@ -11,11 +11,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from . import masking
 from .diffusion import DiffusionConfig
 from .errors import UserError
 from .model import ModelConfig
-from .stages import Stage, batch_of, parse_stages, templates
+from .stages import Stage, fit, parse_stages, templates
 
 __all__ = ["Config", "DataConfig", "DiffusionConfig", "ModelConfig", "OptimConfig", "Stage"]
 
@@ -314,15 +313,9 @@ def _check_stage(number: int, stage: Stage, config: Config) -> None:
         raise UserError(f"{key} has decay cosine and cool {stage.cool}; give one of the two")
     extras = 2 if config.data.labels or config.model.classes else 1  # time token, label token
     try:
-        plan = masking.parse_mask(stage.mask)
-        mask = masking.resolve(plan, config.model.grid, stage.batch or masking.SMALLEST_GROUP)
-        batch_of(stage, sum(mask.counts) / len(mask.counts) + extras)
+        fit(stage, config.model.grid, extras)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
-    if plan.is_range:
-        middle = masking.number_text(round((plan.lo + plan.hi) / 2, 6))
-        one_rate = masking.with_mask(stage.mask, rate=middle)
-        raise UserError(f"{key}: a range of rates ({stage.mask}) cannot be trained yet; give one, such as {one_rate}")
 
 
 # ---- run folders

@@ -5,12 +5,14 @@ takes two products for each of the forward's). Products that need no gradient of
 counted as if they did: the same for every mask rate.
 """
 
+from collections.abc import Sequence
+
 from .model import ModelConfig
 
 
 def forward_parts(
     config: ModelConfig,
-    visible: float,  # K, patches that an image shows; the mean of a range of rates
+    visible: int,  # K, patches that the image shows
 ) -> dict[str, float]:
     """FLOPs of one image's forward by part."""
     width, length = config.width, visible + config.extras
@@ -28,11 +30,17 @@ def forward_parts(
     }
 
 
-def step_flops(config: ModelConfig, visible: float) -> float:
-    """FLOPs of a training step, forward and backward, for each image of the batch."""
-    return 3.0 * sum(forward_parts(config, visible).values())
+def step_flops(
+    config: ModelConfig,
+    counts: Sequence[int],  # patches that the images of a group show: one number where all show as many
+) -> float:
+    """FLOPs of a training step, forward and backward, for each image of the batch: the mean over a group.
+
+    Attention grows with the square of the length, so a range of rates takes more than its mean rate.
+    """
+    return 3.0 * sum(sum(forward_parts(config, count).values()) for count in counts) / len(counts)
 
 
-def ideal(config: ModelConfig, visible: float) -> float:
-    """How many times faster than the dense step one with `visible` patches an image would be, did time follow FLOPs."""
-    return step_flops(config, config.patches) / step_flops(config, visible)
+def ideal(config: ModelConfig, counts: Sequence[int]) -> float:
+    """How many times faster than the dense step one with such counts would be, did time follow FLOPs."""
+    return step_flops(config, [config.patches]) / step_flops(config, counts)

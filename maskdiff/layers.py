@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Explicit products hold all scores, [B * H, L, L]: past these lengths, or that many scores, SDPA takes over, which
-# never stores them. In fp32, PyTorch's CPU flash kernel is as fast at short lengths too; in bf16 it never is.
-EXPLICIT_LENGTHS = {torch.float32: (48, 320), torch.bfloat16: (1, 640)}
-EXPLICIT_SCORES = 1 << 26
+import maskdiff_kernels
+from maskdiff_kernels.ops.attention import sdpa
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -28,55 +26,18 @@ def residual_linear(
     return (x + linear.bias).addmm_(a, linear.weight.t())
 
 
-class _ExplicitAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(d)) v by batched products.
-
-    Heads come to the front in one copy of the packed qkv and leave in one: written with autograd, q, k and v are
-    copied one by one, scaling is a pass of its own, and the backward stacks and permutes three gradients.
-    """
-
-    @staticmethod
-    def forward(ctx, qkv: Tensor) -> Tensor:
-        batch, length, _, heads, dim = qkv.shape
-        packed = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, length, dim)
-        q, k, v = packed.unbind(0)
-        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=dim**-0.5)
-        probs = torch.softmax(scores, dim=-1, out=scores)  # row by row in place; sums in fp32 whatever the dtype
-        ctx.save_for_backward(packed, probs)
-        ctx.shape = qkv.shape
-        return torch.bmm(probs, v).view(batch, heads, length, dim).transpose(1, 2).reshape(batch, length, heads * dim)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        packed, probs = ctx.saved_tensors
-        batch, length, _, heads, dim = ctx.shape
-        q, k, v = packed.unbind(0)
-        grad = grad.view(batch, length, heads, dim).transpose(1, 2).reshape(batch * heads, length, dim)
-        grads = torch.empty_like(packed)
-        grads[2].baddbmm_(probs.transpose(1, 2), grad, beta=0)
-        grad_probs = torch.bmm(grad, v.transpose(1, 2))
-        grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-        scale = dim**-0.5
-        grads[0].baddbmm_(grad_scores, k, beta=0, alpha=scale)
-        grads[1].baddbmm_(grad_scores.transpose(1, 2), q, beta=0, alpha=scale)
-        return grads.view(3, batch, heads, length, dim).permute(1, 3, 0, 2, 4).contiguous()
-
-
 def attention(
-    qkv: Tensor,  # [B, L, 3, H, d]
-) -> Tensor:  # [B, L, H * d]
-    """Softmax attention over whole sequences, by whichever of explicit products and PyTorch's SDPA is faster here.
+    qkv: Tensor,  # [B, L, 3, H, d]; ragged: [T, 3, H, d]
+    cu_seqlens: Tensor | None = None,  # ragged: [S + 1] int32
+    max_seqlen: int | None = None,
+) -> Tensor:  # [B, L, H * d] or [T, H * d]
+    """Softmax attention over whole sequences: by the op where it takes the width and dtype of a head, else by SDPA.
 
-    Forward + backward on CPUs: in bf16 explicit products are 2-4x faster than SDPA up to 257 tokens; in fp32 the two
-    are level up to 33 tokens, explicit ones up to 15 % ahead from 65 to 257, SDPA ahead at 417. On a GPU, SDPA.
+    SDPA pads ragged sequences.
     """
-    batch, length, _, heads, dim = qkv.shape
-    shortest, longest = EXPLICIT_LENGTHS.get(qkv.dtype, (1, 0))
-    if qkv.device.type == "cpu" and shortest <= length <= longest and batch * heads * length**2 <= EXPLICIT_SCORES:
-        return _ExplicitAttention.apply(qkv)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, heads * dim)
+    if qkv.shape[-1] in maskdiff_kernels.ATTENTION_WIDTHS and qkv.dtype != torch.float64:
+        return maskdiff_kernels.attention(qkv, cu_seqlens, max_seqlen)
+    return sdpa.forward(qkv, cu_seqlens, max_seqlen, qkv.shape[-1] ** -0.5)
 
 
 def timestep_embedding(

@@ -9,6 +9,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import TypeVar
+
+from torch import Tensor
 
 from maskdiff_kernels import Mask
 
@@ -133,9 +136,22 @@ def resolve(
     return Mask(plan.kind, plan.size if plan.kind == "block" else 0, counts)
 
 
+def mean_visible(mask: Mask) -> float:
+    """Patches that a sample shows, the mean over a group."""
+    return sum(mask.counts) / len(mask.counts)
+
+
 def effective_rate(mask: Mask, n: int) -> float:
     """The share of n patches that a mask hides, over the samples of its group."""
-    return 1 - sum(mask.counts) / (len(mask.counts) * n)
+    return 1 - mean_visible(mask) / n
+
+
+Count = TypeVar("Count", int, Tensor)
+
+
+def rate_tenth(visible: Count, n: int) -> Count:
+    """t where `visible` of n patches are a mask rate from t / 10 to below (t + 1) / 10, in whole numbers throughout."""
+    return 10 * (n - visible) // n
 
 
 def group_size(batch: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .layers import attention, layer_norm, residual_linear, sincos_table, timestep_embedding
+from .ragged import Packing
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,16 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [B * L, D]
-        batch: int,  # B
-        skip: Tensor | None = None,  # [B * L, D]
-    ) -> Tensor:  # [B * L, D]
+        x: Tensor,  # [T, D], the tokens of all sequences
+        lengths: tuple[int, ...],  # (B, L), or (T,) with the two below
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        max_seqlen: int | None = None,
+        skip: Tensor | None = None,  # [T, D]
+    ) -> Tensor:  # [T, D]
         if self.skip is not None and skip is not None:
             x = self.skip(torch.cat([x, skip], dim=1))
         qkv = self.qkv(layer_norm(x, self.norm1))
-        mixed = attention(qkv.view(batch, -1, 3, self.heads, x.shape[1] // self.heads))
+        mixed = attention(qkv.view(*lengths, 3, self.heads, x.shape[1] // self.heads), cu_seqlens, max_seqlen)
         x = residual_linear(x, mixed.view_as(x), self.proj)
         return residual_linear(x, F.gelu(self.fc1(layer_norm(x, self.norm2))), self.fc2)
 
@@ -165,38 +168,61 @@ class UViT(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [B, K, P * P * C] noisy patches, any float dtype
+        x: Tensor,  # [B, K, P * P * C] noisy patches, any float dtype; ragged: [M, P * P * C]
         timestep: Tensor,  # [B] integer or float, in [0, T)
         label: Tensor | None = None,  # [B, A] integer; -1 = missing, all missing = unconditional, as is None
-        keep_ids: Tensor | None = None,  # [B, K] which patch each is; None: all n of them, in order
-    ) -> Tensor:  # [B, K, P * P * C] in x's dtype
-        """Predicts eps, x0 or v (whatever it was trained for) of the visible patches."""
+        keep_ids: Tensor | None = None,  # [B, K] which patch each is; None: all n of them, in order; ragged: [M]
+        cu_patches: Tensor | None = None,  # ragged: [B + 1] int32, sample b owns patches cu[b]:cu[b + 1] of x
+        most: int | None = None,  # ragged: the most patches that a sample has, or more
+    ) -> Tensor:  # [B, K, P * P * C] in x's dtype; ragged: [M, P * P * C]
+        """Predicts eps, x0 or v (whatever it was trained for) of the visible patches.
+
+        Samples of different lengths stand one after another, with no padding: they attend within themselves alone.
+        """
         config = self.config
-        batch, count, _ = x.shape
+        batch, count = len(timestep), x.shape[-2]
         if keep_ids is None and count != config.patches:
             raise ValueError(f"x has {count} patches, an image {config.patches}: pass keep_ids for a part of them")
+        if (cu_patches is None) != (x.dim() == 3) or (cu_patches is None) != (most is None):
+            raise ValueError("x is [B, K, P * P * C], or [M, P * P * C] beside keep_ids [M], cu_patches and most")
         extra_rows, patch_rows = self.position.split([config.extras, config.patches])
         rows = patch_rows if keep_ids is None else F.embedding(keep_ids, patch_rows)  # its backward is deterministic
         dtype = self.head.weight.dtype
-        tokens = [self.patch_embed(x.to(dtype)) + rows]  # with bf16 products the fp32 rows make this sum fp32
+        patches = self.patch_embed(x.to(dtype)) + rows  # with bf16 products the fp32 rows make this sum fp32
         time = timestep_embedding(timestep, config.width)
         if self.time_embed is not None:
             time = self.time_embed(time.to(dtype))
-        tokens.insert(0, (time + extra_rows[-1])[:, None])
+        extras = [time + extra_rows[-1]]  # [B, D] each
         if config.classes:
-            tokens.insert(0, (self.embed_label(label, batch) + extra_rows[0])[:, None])
+            extras.insert(0, self.embed_label(label, batch) + extra_rows[0])
         elif label is not None:
             raise UserError("this model was made without labels: leave the labels out")
-        stream = torch.cat(tokens, dim=1).to(dtype).view(-1, config.width)
+        if cu_patches is None or most is None:
+            stream = torch.cat([*(extra[:, None] for extra in extras), patches], dim=1)
+            out = self.transform(stream.to(dtype).view(-1, config.width), (batch, -1))
+            visible = out.view(batch, -1, config.patch_dim)[:, config.extras :]
+        else:
+            packing = Packing(cu_patches, count, config.extras)
+            stream = packing.pack(extras, patches).to(dtype)
+            out = self.transform(stream, (len(stream),), packing.cu_seqlens, most + config.extras)
+            visible = packing.patches(out, count)
+        return visible.to(x.dtype).contiguous()
 
+    def transform(
+        self,
+        stream: Tensor,  # [T, D]
+        lengths: tuple[int, ...],  # (B, L), or (T,) with the two below
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        max_seqlen: int | None = None,
+    ) -> Tensor:  # [T, P * P * C]
+        """The blocks and the head, token by token."""
         skips: list[Tensor] = []
-        half = config.blocks // 2
+        half = self.config.blocks // 2
         for index, block in enumerate(self.blocks):
-            stream = block(stream, batch, skips.pop() if index > half else None)
+            stream = block(stream, lengths, cu_seqlens, max_seqlen, skips.pop() if index > half else None)
             if index < half:
                 skips.append(stream)
-        out = self.head(layer_norm(stream, self.norm)).view(batch, -1, config.patch_dim)
-        return out[:, config.extras :].to(x.dtype).contiguous()
+        return self.head(layer_norm(stream, self.norm))
 
     def embed_label(
         self,

@@ -168,7 +168,7 @@ def adamw_ema(state: FlatState, grads: list[Tensor], hyper: Hyper) -> tuple[Tens
     """
     config = state.config
     grads = [grad if grad.dtype == torch.float32 else grad.float() for grad in grads]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = _total_norm(grads)
     skipped = (~torch.isfinite(norm)).float()
     # PyTorch's kernel divides by grad_scale on the fly: clipping costs no pass of its own.
     scale = (norm / hyper.clip).clamp_(min=1.0) if hyper.clip is not None else None
@@ -201,3 +201,10 @@ def adamw_ema(state: FlatState, grads: list[Tensor], hyper: Hyper) -> tuple[Tens
     state._round()
     state.step += 1
     return norm, skipped
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, [] float32. On a CPU by products, which run at 1.4x the rate of norms."""
+    if grads[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(grads)
+    return torch.stack([torch.dot(flat, flat) for flat in (grad.reshape(-1) for grad in grads)]).sum().sqrt()

@@ -46,7 +46,8 @@ what to train
 
 how
   --stages 'S, S'     the stages in order; each S is
-                        patch:RATE, block4:RATE, crop:RATE, crop5 or dense
+                        patch:RATE, block4:RATE, crop:RATE, crop5 or dense; RATE is 0.75,
+                        or 0.5-0.9: each step then shows all of the range, evenly spread
                         x5000 steps, or 10m or 1.5h of training time
                         b64 images or t8192 tokens a step      lr2e-4 learning rate
                         w500 warm-up steps                     c1.0 clip, c0 none

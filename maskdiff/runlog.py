@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, stack
+from torch import Tensor, cat, stack
 from tqdm import tqdm
 
 
@@ -32,14 +32,15 @@ class MetricsFile:
 
 
 class DeviceScalars:
-    """Collects scalars where they were computed and reads them back many steps at once, so that no step waits."""
+    """Collects figures where they were computed and reads them back many steps at once, so that no step waits."""
 
     def __init__(self, window: int) -> None:
         self.window = window
         self._rows: list[Tensor] = []
 
-    def add(self, *scalars: Tensor) -> None:
-        self._rows.append(stack([scalar.float() for scalar in scalars]))
+    def add(self, *figures: Tensor) -> None:
+        """Scalars, or vectors that become as many figures of the step's list."""
+        self._rows.append(cat([figure.float().flatten() for figure in figures]))
 
     def full(self) -> bool:
         return len(self._rows) >= self.window

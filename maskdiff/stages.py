@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from maskdiff_kernels import Mask
+
 from .errors import UserError
-from .masking import number_text, parse_mask
+from .masking import SMALLEST_GROUP, mean_visible, number_text, parse_mask, resolve, with_mask
 
 GRAMMAR = (
-    "first KIND:RATE (patch, block4, crop) or dense or crop5, then in any order x5000 (steps) or 10m or 1.5h (time), "
-    "b64 (images a step) or t8192 (tokens a step), lr2e-4, w500 (warm-up steps), c1.0 (clip), "
-    "const or cosine or cool0.3, fresh"
+    "first KIND:RATE (patch, block4, crop; 0.75 or 0.5-0.9) or dense or crop5, then in any order "
+    "x5000 (steps) or 10m or 1.5h (time), b64 (images a step) or t8192 (tokens a step), lr2e-4, "
+    "w500 (warm-up steps), c1.0 (clip), const or cosine or cool0.3, fresh"
 )
 
 Decay = Literal["const", "cosine"]
@@ -24,7 +26,7 @@ class Stage:
     """One part of a run: a mask, a length, a batch and a learning rate."""
 
     mask: str = "dense"
-    """patch:0.75, block4:0.9, crop:0.9, crop5 or dense"""
+    """patch:0.75, block4:0.9, crop:0.9, crop5 or dense; a range of rates is patch:0.5-0.9"""
     steps: int | None = None
     """length in steps; or give minutes"""
     minutes: float | None = None
@@ -47,13 +49,38 @@ class Stage:
     """starts with zero moments and a new EMA, as a run of its own would"""
 
 
-def batch_of(
+def fit(
     stage: Stage,
-    tokens_per_image: float,  # visible patches + time token (+ label token); of a range of rates the mean
-) -> int:
-    """Images a step. Raises UserError where the token budget does not hold one image."""
-    if stage.batch is not None:
-        return stage.batch
+    grid: tuple[int, int],  # patches down, across
+    extras: int,  # tokens of an image beside its patches: the time's (and the label's)
+) -> tuple[int, Mask]:
+    """Images a step, and what is visible of them. A token budget is not exceeded.
+
+    Raises UserError for a mask that does not fit the grid, a budget that does not hold one image, a range of rates for
+    a single image.
+    """
+    plan = parse_mask(stage.mask)
+    batch = stage.batch
+    if batch is None:
+        batch = _images_in(stage, mean_visible(resolve(plan, grid, SMALLEST_GROUP)) + extras)
+        # another number of images may take the range at other rates, and so other tokens an image
+        while batch > 1 and tokens_of(resolve(plan, grid, batch), batch, extras) > (stage.tokens or 0):
+            batch -= 1
+    if plan.is_range and batch == 1:
+        middle = number_text(round((plan.lo + plan.hi) / 2, 6))
+        raise UserError(
+            f"stage {stage.mask!r}: a range of rates is spread over the images of a step, and this one has a single "
+            f"image; give b{SMALLEST_GROUP} or more, or one rate such as {with_mask(stage.mask, rate=middle)}"
+        )
+    return batch, resolve(plan, grid, batch)
+
+
+def tokens_of(mask: Mask, batch: int, extras: int) -> int:
+    """Tokens of a step, counted exactly: `batch` holds whole groups."""
+    return batch // len(mask.counts) * sum(mask.counts) + batch * extras
+
+
+def _images_in(stage: Stage, tokens_per_image: float) -> int:
     if stage.tokens is None or stage.tokens < tokens_per_image:
         least = math.ceil(tokens_per_image)
         raise UserError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from maskdiff_kernels import Batch, Mask, Store, denoising_loss, draw_batch, noisy_patches
 
+from .masking import rate_tenth
 from .model import UViT
 from .optim import FlatState, Hyper, adamw_ema
 
@@ -41,11 +42,12 @@ class Objective:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalars on the device."""
+    """Figures on the device."""
 
     loss: Tensor  # [] float32
     grad_norm: Tensor  # [] float32
     skipped: Tensor  # [] float32, 1 where a gradient was not finite
+    loss_by_tenth: Tensor  # of a range of rates [10] float32, see loss_by_tenth; else [0]
 
 
 def draw(source: Source, objective: Objective, mask: Mask, seed: Tensor, n: Tensor) -> Batch:
@@ -75,12 +77,14 @@ def batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """Returns (mean [], per sample [B]), the masked denoising loss of a drawn batch, differentiable in the weights."""
     backend = objective.backend
-    noisy = noisy_patches(source.store, batch, objective.alpha_sigma, seed, dtype=dtype, backend=backend)  # [B, K, E]
+    noisy = noisy_patches(source.store, batch, objective.alpha_sigma, seed, dtype=dtype, backend=backend)
     mark("gather and noise")
     label = None
     if source.labels is not None:
         label = source.labels.index_select(0, batch.image_ids).masked_fill(batch.drop_label[:, None], -1)  # [B, A]
-    prediction = model(noisy, batch.timestep, label, None if mask.kind == "dense" else batch.keep_ids)
+    keep_ids = None if mask.kind == "dense" else batch.keep_ids
+    most = None if batch.cu_patches is None else max(mask.counts)
+    prediction = model(noisy, batch.timestep, label, keep_ids, batch.cu_patches, most)  # like noisy
     mark("forward")
     result = denoising_loss(
         prediction,
@@ -94,6 +98,17 @@ def batch_loss(
     )
     mark("loss")
     return result
+
+
+def loss_by_tenth(
+    per_sample: Tensor,  # [B] float32
+    cu_patches: Tensor,  # [B + 1] int32
+    n: int,  # patches of an image
+) -> Tensor:  # [10] float32
+    """Place t: the mean loss of the samples whose mask rate is from t / 10 to below (t + 1) / 10; NaN where none is."""
+    tenth = rate_tenth(cu_patches.diff(), n)  # [B]
+    inside = tenth[:, None] == torch.arange(10, device=tenth.device)  # [B, 10]
+    return torch.where(inside, per_sample[:, None], 0.0).sum(0) / inside.sum(0)
 
 
 def train_step(
@@ -110,10 +125,13 @@ def train_step(
     n = torch.arange(state.sample, state.sample + batch, device=seed.device)  # [B]
     drawn = draw(source, objective, mask, seed, n)
     mark("draw")
-    loss, _ = batch_loss(state.model, source, objective, mask, drawn, seed, state.dtype, mark)
+    loss, per_sample = batch_loss(state.model, source, objective, mask, drawn, seed, state.dtype, mark)
     loss.backward()
     mark("backward")
     norm, skipped = adamw_ema(state, state.gradients(), hyper)
     mark("optimizer")
     state.sample += batch
-    return StepResult(loss.detach(), norm, skipped)
+    by_tenth = loss.new_empty(0)
+    if drawn.cu_patches is not None:
+        by_tenth = loss_by_tenth(per_sample.detach(), drawn.cu_patches, source.store.patches.shape[1])
+    return StepResult(loss.detach(), norm, skipped, by_tenth)

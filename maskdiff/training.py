@@ -25,7 +25,7 @@ from .model import UViT
 from .optim import FlatState, Hyper
 from .pretrained import initial_weights
 from .runlog import DeviceScalars, MetricsFile, Progress
-from .stages import Stage, batch_of, learning_rate
+from .stages import fit, learning_rate, tokens_of
 from .step import Objective, Source, batch_loss, draw, train_step
 
 HELDOUT_SAMPLES = 512
@@ -89,7 +89,7 @@ class _Training:
             heldout=config.data.heldout,
         )
         self.config = config = _fit_to_data(config, packed)
-        self.masks = [_resolve_mask(stage, config) for stage in config.stages]
+        self.fits = [fit(stage, config.model.grid, config.model.extras) for stage in config.stages]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = UViT(config.model)
@@ -179,10 +179,7 @@ class _Training:
 
     def _plan(self, index: int) -> StagePlan:
         """Times a few discarded steps, dense and masked in turn, and fixes the stage's length in steps."""
-        stage, mask = self.config.stages[index], self.masks[index]
-        visible = sum(mask.counts) / len(mask.counts)
-        extras = self.config.model.extras
-        batch = batch_of(stage, math.ceil(visible) + extras)
+        stage, (batch, mask) = self.config.stages[index], self.fits[index]
         total = self.source.store.patches.shape[1]
         dense = Mask("dense", 0, (total,))
         times: dict[str, list[float]] = {"step": [], "dense": []}
@@ -207,11 +204,11 @@ class _Training:
             mask=mask,
             batch=batch,
             steps=steps,
-            effective_rate=1 - visible / total,
+            effective_rate=masking.effective_rate(mask, total),
             step_ms=step_ms,
             dense_ms=dense_ms,
             speedup=dense_ms / step_ms,
-            ideal=flops.ideal(self.config.model, visible),
+            ideal=flops.ideal(self.config.model, mask.counts),
         )
         self.plans[index] = plan
         _write_json(self.path / "plans.json", {key: dataclasses.asdict(value) for key, value in self.plans.items()})
@@ -247,11 +244,20 @@ class _Training:
             self.state.fresh()
         plan = self.plans.get(self.stage) or self._plan(self.stage)
         name = f"stage {self.stage + 1}/{len(self.config.stages)} {stage.mask}"
-        visible, total = sum(plan.mask.counts) / len(plan.mask.counts), self.source.store.patches.shape[1]
+        total = self.source.store.patches.shape[1]
+        fewest, most = min(plan.mask.counts), max(plan.mask.counts)
+        visible = f"{fewest} to {most}" if len(plan.mask.counts) > 1 else f"{most}"
         Progress.say(
-            f"{name}: {plan.steps} steps of {plan.batch} images, {visible:g} of {total} patches visible "
+            f"{name}: {plan.steps} steps of {plan.batch} images, {visible} of {total} patches visible "
             f"({plan.effective_rate:.1%} masked), {plan.step_ms:.1f} ms a step{plan.speed()}"
         )
+        model = self.config.model
+        work = {
+            "images_seen": plan.batch,
+            "tokens": tokens_of(plan.mask, plan.batch, model.extras),
+            "flops": plan.batch * flops.step_flops(model, plan.mask.counts),
+        }
+        tenths = sorted({masking.rate_tenth(count, total) for count in plan.mask.counts})
         progress = Progress(plan.steps, self.stage_step, name)
         scalars = DeviceScalars(self.window)
         lrs: list[float] = []
@@ -260,7 +266,7 @@ class _Training:
             lr = learning_rate(stage, self.stage_step, plan.steps)
             hyper = Hyper(lr, stage.clip)
             result = train_step(self.state, self.source, self.objective, plan.mask, self.seed, plan.batch, hyper)
-            scalars.add(result.loss, result.grad_norm, result.skipped)
+            scalars.add(result.loss, result.grad_norm, result.skipped, result.loss_by_tenth)
             lrs.append(lr)
             self.stage_step += 1
             due = [every and self.state.step % every == 0 for every in self._intervals()]
@@ -270,10 +276,10 @@ class _Training:
             step_s = (time.perf_counter() - start) / len(rows)
             heldout = {"heldout_loss": self.heldout_loss()} if due[0] and len(self.heldout.ids) else {}
             for i, (row, rate) in enumerate(zip(rows, lrs, strict=True)):
-                last = i == len(rows) - 1
-                self._log(
-                    metrics, plan, row, rate, step_s, self.state.step - len(rows) + i + 1, heldout if last else {}
-                )
+                extra: dict[str, Any] = dict(heldout) if i == len(rows) - 1 else {}
+                if by_tenth := row[3:]:
+                    extra["loss_by_rate"] = {f"0.{tenth}": by_tenth[tenth] for tenth in tenths}
+                self._log(metrics, work, row[:3], rate, step_s, self.state.step - len(rows) + i + 1, extra)
             progress.update(len(rows), rows[-1][0], plan.batch / step_s, plan.speed())
             lrs = []
             if due[1]:
@@ -289,18 +295,16 @@ class _Training:
     def _log(
         self,
         metrics: MetricsFile,
-        plan: StagePlan,
+        work: dict[str, float],
         row: list[float],
         lr: float,
         step_s: float,
         step: int,
-        extra: dict[str, float],
+        extra: dict[str, Any],
     ) -> None:
         loss, grad_norm, skipped = row
-        visible = sum(plan.mask.counts) / len(plan.mask.counts)
-        self.totals["images_seen"] += plan.batch
-        self.totals["tokens"] += round(plan.batch * (visible + self.config.model.extras))
-        self.totals["flops"] += plan.batch * flops.step_flops(self.config.model, visible)
+        for key, amount in work.items():
+            self.totals[key] += amount
         self.totals["train_s"] += step_s
         self.totals["skipped_steps"] += int(skipped)
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
@@ -309,7 +313,7 @@ class _Training:
                 "step": step,
                 "stage": self.stage,
                 "loss": loss,
-                **{key: self.totals[key] for key in ("images_seen", "tokens", "flops")},
+                **{key: self.totals[key] for key in work},
                 "step_ms": round(1e3 * step_s, 3),
                 "train_s": round(self.totals["train_s"], 4),
                 "lr": lr,
@@ -376,15 +380,6 @@ def _fit_to_data(config: Config, packed: data.PackedSet) -> Config:
         raise UserError(f"data.labels is on, but {config.data.path!r} has no labels; use --data.no-labels")
     classes = tuple(len(names) for names in packed.class_names)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, classes=classes))
-
-
-def _resolve_mask(stage: Stage, config: Config) -> Mask:
-    plan = masking.parse_mask(stage.mask)
-    side = config.model.image_size // config.model.patch
-    mask = masking.resolve(plan, (side, side), stage.batch or 1)
-    if len(mask.counts) > 1:
-        raise UserError(f"stage {stage.mask!r}: a range of mask rates cannot be trained yet; give one rate")
-    return mask
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     python tests/mutants.py [--only TEXT] [--list]
 
 A fault that no test notices has survived: exit status 1. So it is where an old text is not found exactly once, or where
-a mutated source does not compile: such a fault proves nothing.
+its source does not compile: such a fault proves nothing. Without --only, the faults that tests/emulation plants by
+itself, in CUDA kernels that run in the emulator, are planted too.
 """
 
 import argparse
@@ -33,6 +34,7 @@ TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them han
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
 TRITON = ("tests/ops/test_attention_triton.py", "-k", "interpreter")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
+EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
 PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
 
 
@@ -161,6 +163,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("(i + 0.5) / group", "i / group"),
         ),
     ),
+    ("maskdiff/masking.py", trainer("step"), (("10 * (n - visible) // n", "(10 * (n - visible) - 1) // n"),)),
     (
         "maskdiff/diffusion.py",
         trainer("diffusion"),
@@ -198,9 +201,27 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("state.sample += batch\n", "state.sample += 1\n"),
             (".masked_fill(batch.drop_label[:, None], -1)", ""),
+            ("0.0).sum(0) / inside.sum(0)", "0.0).sum(0) / len(per_sample)"),
         ),
     ),
-    ("maskdiff/stages.py", trainer("stages"), (("(step + 1) / stage.warmup", "step / stage.warmup"),)),
+    (
+        "maskdiff/ragged.py",
+        trainer("ragged", "model"),
+        (
+            ("extras * (sample + 1)", "extras * sample + 1"),
+            ("cu_patches + extras * torch.arange(batch + 1", "cu_patches + 0 * torch.arange(batch + 1"),
+        ),
+    ),
+    (
+        "maskdiff/stages.py",
+        trainer("stages"),
+        (("(step + 1) / stage.warmup", "step / stage.warmup"), ("            batch -= 1", "            break")),
+    ),
+    (
+        "maskdiff/flops.py",
+        trainer("flops"),
+        (("for count in counts) / len(counts)", "for count in [sum(counts) / len(counts)])"),),
+    ),
     (
         "tests/emulation/instructions.h",
         ("tests/emulation/test_wrappers.py", "-k", "products or matrices"),
@@ -241,7 +262,8 @@ def main() -> int:
     if misplaced:
         return 1
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        return plant_all(Tree(Path(folder)), chosen)
+        tree = Tree(Path(folder))
+        return plant_all(tree, chosen) or (0 if options.only else plant_emulated(tree))
 
 
 def describe(mutant: Mutant) -> str:
@@ -332,6 +354,15 @@ def plant(tree: Tree, mutant: Mutant) -> str:
         return "SURVIVED" if tree.test(*mutant.tests)[0] else "killed"
     finally:
         path.write_text(sound)
+
+
+def plant_emulated(tree: Tree) -> int:
+    """Runs the tests of tests/emulation that plant one fault each and fail where the emulator does not notice it."""
+    passed, output = tree.test("tests/emulation", "-k", EMULATED_FAULTS, "-rA")
+    print("\n".join(line for line in output.splitlines() if line.startswith(("PASSED", "FAILED", "SKIPPED"))))
+    survived, killed = output.count("\nFAILED "), output.count("\nPASSED ")
+    print(f"\n{killed} of {killed + survived} faults in emulated kernels killed, {survived} survived")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from attention_truth import attend, both, check, offsets, plain, random
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import maskdiff_kernels as mk
 from maskdiff_kernels import dispatch, library
@@ -437,3 +438,17 @@ def test_xformers_signatures():
     mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens([5, 12], device=q.device)
     inspect.signature(fmha.memory_efficient_attention).bind(q, q, q, attn_bias=mask, scale=0.125)
     assert [part.shape[1] for part in mask.split(q)] == [5, 12]
+
+
+def test_flops_are_counted_by_length():
+    """4 L^2 d forward and 10 L^2 d backward for each sequence and head, as PyTorch counts its fused attention."""
+    equal = torch.randn(3, 5, 3, 2, 32, requires_grad=True)
+    packed = torch.randn(11, 3, 2, 32, requires_grad=True)
+    for qkv, lengths in ((equal, [5, 5, 5]), (packed, [7, 0, 4])):
+        cu = torch.tensor([0, *lengths]).cumsum(0).int() if qkv is packed else None
+        for products, part in ((4, "forward"), (14, "both")):
+            with FlopCounterMode(display=False) as counter:
+                out = mk.attention(qkv, cu, None if cu is None else 7)
+                if part == "both":
+                    out.sum().backward()
+            assert counter.get_total_flops() == products * 2 * 32 * sum(n * n for n in lengths)

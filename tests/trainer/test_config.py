@@ -310,7 +310,7 @@ def test_presets_are_valid(name):
         (["--mask.kind", "block3"], ["stages.0", "3 does not divide", "block2 or block4"]),
         (["--mask.kind", "hexagon"], ["no kind 'hexagon'", "patch"]),
         (["--mask.kind", "crop9"], ["stages.0", "does not fit", "crop7"]),
-        (["--mask.rate", "0.5-0.9"], ["stages.0", "range of rates", "patch:0.7"]),
+        (["--mask.rate", "0.5-0.9", "--stages.0.batch", "1"], ["stages.0", "range of rates", "b16", "patch:0.7"]),
         (["--stages.0.mask", "dense:0.5"], ["stages.0", "takes no rate"]),
         (["--stages.1.steps", "0"], ["stages.1.steps is 0", "more than 0"]),
         (["--stages.1.steps", "none"], ["stages.1 has neither steps nor minutes"]),

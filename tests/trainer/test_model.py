@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
-from maskdiff import layers
+import maskdiff_kernels
 from maskdiff.baselines import PlainUViT
 from maskdiff.errors import UserError
 from maskdiff.layers import attention
@@ -65,6 +66,11 @@ def test_equals_the_plain_model_in_fp64(name, visible):
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).double()
     ours = gradients(model, model(x.double(), t, label, ids), upstream)
     theirs = gradients(plain, plain.forward_visible(x.double(), t, ids, label), upstream)
+    check_equal(ours, theirs)
+
+
+def check_equal(ours, theirs):
+    """To the rounding of fp64."""
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         if key.endswith("qkv.bias"):  # a bias of the keys changes nothing: its gradient is zero but for rounding
@@ -86,6 +92,10 @@ def test_error_is_within_that_of_plain_pytorch(name, visible, dtype):
     truth = gradients(exact, exact.forward_visible(x.double(), t, ids, label), upstream)
     ours = gradients(model, model(x, t, label, ids), upstream)
     theirs = gradients(plain, plain.forward_visible(x.to(dtype), t, ids, label), upstream)
+    check_rule(ours, theirs, truth, dtype)
+
+
+def check_rule(ours, theirs, truth, dtype):
     assert ours["output"].dtype == torch.float32
     assert ours["position"].dtype == torch.float32 and ours["head.weight"].dtype == dtype
     for key, value in truth.items():
@@ -95,46 +105,75 @@ def test_error_is_within_that_of_plain_pytorch(name, visible, dtype):
         assert error <= allowed, key
 
 
+def ragged_inputs(config: ModelConfig, counts):
+    """As `inputs`, of samples that show so many patches: x [M, E], ids [M]; and where each sample's begin."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randperm(config.patches, generator=generator)[:count].sort().values for count in counts]
+    x = torch.randn(sum(counts), config.patch_dim, generator=generator)
+    cu_patches = torch.tensor([0, *counts]).cumsum(0).int()
+    return x, torch.tensor([0, 17, 500, 999]), LABELS if config.classes else None, torch.cat(ids).int(), cu_patches
+
+
+def one_by_one(model: PlainUViT, x, t, label, ids, cu_patches):
+    outs = []
+    for b, (first, end) in enumerate(itertools.pairwise(cu_patches.tolist())):
+        own = None if label is None else label[b : b + 1]
+        outs.append(model.forward_visible(x[None, first:end], t[b : b + 1], ids[None, first:end], own)[0])
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("counts", [(16, 1, 7, 2), (5, 5, 5, 5)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ragged_equals_the_plain_model_sample_by_sample_in_fp64(name, counts):
+    model = shaken(CONFIGS[name]).double()
+    plain = plain_twin(model).double()
+    plain.load_state_dict(model.state_dict())
+    x, *rest = ragged_inputs(model.config, counts)
+    x, upstream = x.double(), torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).double()
+    ours = gradients(model, model(x, *rest, max(counts)), upstream)
+    check_equal(ours, gradients(plain, one_by_one(plain, x, *rest), upstream))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 2, 4])  # heads of width 16 are the op's no more
+@pytest.mark.parametrize("name", ["plain", "labelled"])
+def test_error_of_ragged_is_within_that_of_plain_pytorch_sample_by_sample(name, heads, dtype):
+    model = shaken(dataclasses.replace(CONFIGS[name], heads=heads))
+    exact, plain = plain_twin(model).double(), plain_twin(model).to(dtype)
+    cast_products(model, dtype)
+    x, *rest = ragged_inputs(model.config, (64, 1, 7, 33))
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    truth = gradients(exact, one_by_one(exact, x.double(), *rest), upstream)
+    ours = gradients(model, model(x, *rest, 64), upstream)
+    check_rule(ours, gradients(plain, one_by_one(plain, x.to(dtype), *rest), upstream), truth, dtype)
+
+
+@pytest.mark.parametrize("name", ["plain", "labelled"])
+def test_ragged_with_equal_counts_is_the_equal_length_path(name):
+    model = shaken(CONFIGS[name]).double()
+    x, t, label, ids = inputs(model.config, 9)
+    x, cu_patches = x.double(), torch.arange(BATCH + 1, dtype=torch.int32) * 9
+    equal = gradients(model, model(x, t, label, ids), torch.ones_like(x))
+    packed = model(x.flatten(0, 1), t, label, ids.flatten(), cu_patches, 9).view_as(x)
+    check_equal(gradients(model, packed, torch.ones_like(x)), equal)
+
+
 def explicit(qkv):
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-LENGTHS = [
-    1,
-    2,
-    15,
-    16,
-    17,
-    *range(25, 34),
-    49,
-    63,
-    64,
-    65,
-    66,
-    77,
-    100,
-    127,
-    128,
-    129,
-    130,
-    144,
-    196,
-    *range(255, 259),
-    417,
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", LENGTHS)
-def test_attention(length, dtype, monkeypatch):
-    """By the fp64 rule at every length that matters, with memory poisoned before it is written, and twice alike."""
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
-    generator = torch.Generator().manual_seed(length)
-    qkv = torch.randn(2, length, 3, 2, 32, generator=generator).to(dtype)
-    upstream = torch.randn(2, length, 64, generator=generator).to(dtype)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 32])
+def test_attention(width, dtype, monkeypatch):
+    """By the op, or by SDPA where the op does not take a head's width or dtype; by the fp64 rule either way."""
+    taken = []
+    op = maskdiff_kernels.attention
+    monkeypatch.setattr(maskdiff_kernels, "attention", lambda qkv, *more: taken.append(qkv.shape) or op(qkv, *more))
+    generator = torch.Generator().manual_seed(width)
+    qkv = torch.randn(2, 27, 3, 2, width, generator=generator).to(dtype)
+    upstream = torch.randn(2, 27, 2 * width, generator=generator).to(dtype)
 
     def both(function, dtype):
         leaf = qkv.to(dtype).requires_grad_()
@@ -143,22 +182,11 @@ def test_attention(length, dtype, monkeypatch):
         return out.detach(), leaf.grad
 
     truth, plain, ours = both(explicit, torch.float64), both(explicit, dtype), both(attention, dtype)
+    assert len(taken) == (width == 32 and dtype != torch.float64)
     for factor, exact, theirs, got in zip((2, 3), truth, plain, ours, strict=True):
         error, plain_error = (got.double() - exact).norm(), (theirs.double() - exact).norm()
-        assert error <= factor * plain_error + torch.finfo(dtype).eps * exact.norm()
-    assert all(torch.equal(a, b) for a, b in zip(ours, both(attention, dtype), strict=True))
-
-
-def test_attention_keeps_no_scores_that_would_fill_the_memory(monkeypatch):
-    def fail(*_):
-        raise AssertionError("explicit products")
-
-    monkeypatch.setattr(layers._ExplicitAttention, "apply", fail)
-    attention(torch.randn(1, 1025, 3, 2, 16))
-    monkeypatch.setattr(layers, "EXPLICIT_SCORES", 4 * 2 * 100**2 - 1)
-    attention(torch.randn(4, 100, 3, 2, 16))
-    with pytest.raises(AssertionError):
-        attention(torch.randn(3, 100, 3, 2, 16))
+        rounding = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps
+        assert error <= factor * plain_error + rounding * exact.norm()
 
 
 def test_masked_with_all_patches_is_dense():
@@ -226,19 +254,22 @@ def test_gradients_are_the_same_every_time():
     ids = torch.rand(64, config.patches, generator=generator).argsort(1)[:, :16]
     x, t = torch.randn(64, 16, config.patch_dim, generator=generator), torch.arange(64)
     label = LABELS.repeat(16, 1)
-    runs = [gradients(model, model(x, t, label, ids), torch.ones_like(x)) for _ in range(3)]
-    for key, value in runs[0].items():
-        assert all(torch.equal(run[key], value) for run in runs[1:]), key
+    ragged = x.flatten(0, 1), t, label, ids.flatten(), torch.arange(65, dtype=torch.int32) * 16, 16
+    for given in ((x, t, label, ids), ragged):
+        runs = [gradients(model, model(*given), torch.ones_like(given[0])) for _ in range(3)]
+        for key, value in runs[0].items():
+            assert all(torch.equal(run[key], value) for run in runs[1:]), key
 
 
-def test_compiles_as_one_graph():
+@pytest.mark.parametrize("ragged", [False, True])
+def test_compiles_as_one_graph(ragged):
     model = shaken(dataclasses.replace(CONFIGS["labelled"], blocks=3))
     cast_products(model, torch.bfloat16)
-    x, t, label, ids = inputs(model.config, 26)
-    eager = gradients(model, model(x, t, label, ids), torch.ones_like(x))
+    given = (*ragged_inputs(model.config, (26, 1, 7, 64)), 64) if ragged else inputs(model.config, 26)
+    eager = gradients(model, model(*given), torch.ones_like(given[0]))
     model.zero_grad(set_to_none=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    got = gradients(model, compiled(x, t, label, ids), torch.ones_like(x))
+    got = gradients(model, compiled(*given), torch.ones_like(given[0]))
     for key, value in eager.items():
         assert (got[key].float() - value.float()).norm() <= 2e-2 * value.norm(), key
 
@@ -320,6 +351,10 @@ def test_wrong_inputs_are_named():
         model(x, t, LABELS)
     with pytest.raises(ValueError, match="pass keep_ids"):
         model(x[:, :5], t)
+    _, _, _, ids, cu_patches = ragged_inputs(model.config, (1, 2, 3, 4))
+    for given in ((x[0, :10], cu_patches, None), (x[:, :10], cu_patches, 4), (x[0, :10], None, 4)):
+        with pytest.raises(ValueError, match="beside keep_ids"):
+            model(given[0], t, None, ids, *given[1:])
     with pytest.raises(ValueError, match=r"x_t must be \[B, 3, 32, 32\]"):
         model.predict(torch.randn(1, 3, 16, 16), t[:1])
     with pytest.raises(ValueError, match=r"labels must be \[B, 2\]"):

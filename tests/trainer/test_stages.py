@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 
 from maskdiff.errors import UserError
-from maskdiff.stages import Stage, batch_of, format_stages, learning_rate, parse_stages, templates
+from maskdiff.masking import group_size
+from maskdiff.stages import Stage, fit, format_stages, learning_rate, parse_stages, templates, tokens_of
+from maskdiff_kernels import Mask
 
 
 def test_the_grammar():
@@ -106,13 +108,35 @@ def test_errors_say_where_and_what(text, words):
         assert word in str(error.value), str(error.value)
 
 
-def test_batch_of_a_token_budget():
-    assert batch_of(Stage(batch=48), 17) == 48
-    budget = Stage(batch=None, tokens=1000)
-    assert batch_of(budget, 65) == 15
-    assert batch_of(budget, 1000) == 1
-    with pytest.raises(UserError, match="1000 tokens .* give t1001 or more"):
-        batch_of(budget, 1000.5)
+GRID = (8, 8)
+
+
+def test_a_token_budget_is_filled_with_whole_images():
+    assert fit(Stage("dense", batch=48), GRID, 2) == (48, Mask("dense", 0, (64,)))
+    assert fit(Stage("dense", batch=None, tokens=1000), GRID, 1)[0] == 15
+    assert fit(Stage("patch:0.75", batch=None, tokens=1000), GRID, 2) == (55, Mask("patch", 0, (16,)))
+    assert fit(Stage("dense", batch=None, tokens=65), GRID, 1)[0] == 1
+    with pytest.raises(UserError, match="64 tokens .* an image of 65 tokens; give t65 or more"):
+        fit(Stage("dense", batch=None, tokens=64), GRID, 1)
+
+
+@pytest.mark.parametrize("mask", ["patch:0.5-0.9", "block2:0.1-0.9", "crop:0.3-0.97"])
+def test_a_range_takes_whole_groups_and_keeps_to_its_token_budget(mask):
+    for tokens in range(150, 3000, 37):
+        batch, fitted = fit(Stage(mask, batch=None, tokens=tokens), GRID, 2)
+        assert len(fitted.counts) == group_size(batch) > 1 and batch % len(fitted.counts) == 0
+        assert fit(Stage(mask, batch=batch), GRID, 2) == (batch, fitted)
+        used = tokens_of(fitted, batch, 2)
+        assert used == sum(fitted.counts[i % len(fitted.counts)] + 2 for i in range(batch))
+        assert 0.9 * tokens - 66 < used <= tokens  # an image has at most 66
+    with pytest.raises(UserError, match="an image of .* tokens; give t"):
+        fit(Stage(mask, batch=None, tokens=10), GRID, 2)
+
+
+@pytest.mark.parametrize("size", [{"batch": 1}, {"batch": None, "tokens": 30}])
+def test_a_range_takes_more_than_one_image(size):
+    with pytest.raises(UserError, match="spread over the images .* give b16 or more, or one rate such as patch:0.7$"):
+        fit(Stage("patch:0.5-0.9", **size), GRID, 1)
 
 
 def test_learning_rate():

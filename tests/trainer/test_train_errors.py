@@ -102,7 +102,7 @@ def content(folder: Path) -> dict[str, bytes]:
         (["--mask.rate", "0.001"], ["8 x 8", "hides nothing", "the nearest rates that work are 0 (dense) and 0.02"]),
         (["--mask.rate", "1"], ["hides everything", "the nearest rate that works is 0.99"]),
         (["--mask.kind", "block3"], ["8 x 8", "3 does not divide it", "use block2 or block4"]),
-        (["--mask.rate", "0.5-0.9"], ["a range of rates", "give one, such as patch:0.7"]),
+        (["--stages", "block2:0.5-0.9 x9 b1"], ["a range of rates", "give b16 or more", "such as block2:0.7"]),
         (["--model.image-size", "30"], ["30", "patches of 4", "choose a patch size that divides 30"]),
         (["--preset", "emoji32"], ["has no images of its own", "--data"]),
         (["--resume", "absent"], ["no run", "no such folder", "--out"]),

@@ -1,6 +1,7 @@
 """The run as a whole, on a tiny model: resume bit for bit, signals, stages, logs, errors that lose nothing."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -11,8 +12,8 @@ import time
 import pytest
 import torch
 
-from maskdiff import checkpoint, training
-from maskdiff.config import Config, config_to_dict
+from maskdiff import checkpoint, flops, training
+from maskdiff.config import Config, ModelConfig, config_to_dict
 from maskdiff.errors import UserError
 from maskdiff.options import parse
 
@@ -202,6 +203,62 @@ def test_wall_clock_stage_becomes_steps_before_its_first(tmp_path):
     training.run(tiny(out, "--stages", "patch:0.75 0.02m b16 lr2e-3"))
     plan = json.loads((out / "plans.json").read_text())["0"]
     assert plan["steps"] == len(rows(out)) and plan["steps"] == -(-0.02 * 60e3 // plan["step_ms"])
+
+
+RANGE = "dense x3 b5 lr2e-3 c1.0, patch:0.4-0.9 x60 b16 lr4e-3 w5 c1.0, block2:0.5-0.8 x2 t1000 lr1e-3 c1.0"
+
+
+@pytest.fixture(scope="module")
+def ranged(tmp_path_factory, cache):
+    """Its ranges begin at samples 15 and 975: in no whole group of 16 from the run's start."""
+    out = tmp_path_factory.mktemp("ranged") / "run"
+    training.run(with_range(out))
+    return out
+
+
+def with_range(out) -> Config:
+    config = tiny(out, "--stages", RANGE)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, heads=1))
+
+
+def test_a_range_of_rates_trains(ranged):
+    log = rows(ranged)
+    plans = {key: plan["mask"]["counts"] for key, plan in json.loads((ranged / "plans.json").read_text()).items()}
+    first, last = ([row["loss"] for row in log[3:63]][part] for part in (slice(10), slice(-10, None)))
+    assert sum(last) < 0.8 * sum(first)
+    assert all("loss_by_rate" not in row for row in log[:3])
+    for number, row in enumerate(log[3:], 3):
+        counts = plans["1" if number < 63 else "2"]
+        tenths = [f"{(64 - count) * 10 // 64 / 10:.1f}" for count in counts]
+        assert sorted(set(tenths)) == list(row["loss_by_rate"]) and len(set(tenths)) > 1
+        mean = sum(row["loss_by_rate"][tenth] for tenth in tenths) / len(tenths)
+        assert mean == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_a_range_of_rates_is_counted_exactly(ranged):
+    log, model = rows(ranged), checkpoint.load(checkpoint.latest(ranged))[1]["config"]["model"]
+    config, extras = ModelConfig(**model | {"classes": tuple(model["classes"])}), 2
+    counts = [64 - int((0.4 + 0.5 * (i + 0.5) / 16) * 64) for i in range(16)]
+    for before, row in itertools.pairwise(log[2:63]):
+        assert row["images_seen"] - before["images_seen"] == 16
+        assert row["tokens"] - before["tokens"] == sum(counts) + 16 * extras
+        each = sum(flops.step_flops(config, [count]) for count in counts)
+        assert row["flops"] - before["flops"] == pytest.approx(each, rel=1e-9)
+    assert 900 < log[-1]["tokens"] - log[-2]["tokens"] <= 1000
+    plan = json.loads((ranged / "plans.json").read_text())["1"]
+    assert plan["effective_rate"] == pytest.approx(1 - sum(counts) / 1024)
+    dense = flops.step_flops(config, [64])
+    assert plan["ideal"] == pytest.approx(dense / (sum(flops.step_flops(config, [count]) for count in counts) / 16))
+
+
+@pytest.mark.parametrize("stop", [2, 7, 64])  # in the dense stage, in the first range, in the second
+def test_resume_with_a_range_is_bit_for_bit(ranged, tmp_path, stop):
+    out = tmp_path / "run"
+    training.run(dataclasses.replace(with_range(out), max_steps=stop))
+    training.run(with_range(out), resume=True)
+    assert exact(out) == exact(ranged)
+    ours, theirs = (checkpoint.load(checkpoint.latest(run))[0] for run in (out, ranged))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_token_budget_sets_the_batch(tmp_path):
