@@ -20,6 +20,10 @@ import torch
 
 from maskdiff_kernels import library
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton, which reads the same variable when it is imported, runs its kernels in Python, on the CPU."""
+TRITON_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
 
 @dataclass(frozen=True)
 class Implementation:
@@ -45,13 +49,14 @@ _OPS: dict[str, dict[str, Implementation]] = {}
 
 def register(op: str, **implementations: ModuleType) -> None:
     """Names the implementations of an op. The name says what it needs: cpp the CPU library, cuda the CUDA library and a
-    GPU, xformers that package and a GPU, the others nothing."""
+    GPU, triton and xformers such a package and a GPU, the others nothing."""
     kinds: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
         "reference": ((), lambda: "plain PyTorch, any device"),
         "cpp": (("cpu",), lambda: f"C++, {library.cpu_level()}"),
         "cuda": (("cuda",), _cuda),
         "sdpa": ((), lambda: "PyTorch's scaled_dot_product_attention, any device"),
         "explicit": ((), lambda: "PyTorch's products and softmax, any device"),
+        "triton": (TRITON_DEVICES, lambda: implementations["triton"].load()),
         "xformers": (("cuda",), lambda: implementations["xformers"].load()),
     }
     _OPS[op] = {name: Implementation(module, *kinds[name]) for name, module in implementations.items()}

@@ -142,7 +142,7 @@ def op_tests(session: Session) -> tuple[str, str]:
     files = [ROOT / "tests" / "ops" / f"test_{op}.py" for op in dispatch._OPS]
     files += [ROOT / "tests" / "ops" / f"test_{name}.py" for name in ("interface", "registration")]
     files += sorted((ROOT / "tests" / "ops").glob("test_*_triton.py"))
-    command = (sys.executable, "-m", "pytest", "-q", "-k", "on-cuda or on_cuda", *files)
+    command = (sys.executable, "-m", "pytest", "-q", "-k", "on-cuda or on_cuda or on_a_gpu", *files)
     result, said = session.checked(*command, CUBLAS_WORKSPACE_CONFIG=":4096:8")
     return (result, said) if " passed" in said else (FAILED, f"no test ran: {said}")
 

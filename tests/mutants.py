@@ -32,6 +32,7 @@ COPIED = (
 TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them hang is noticed
 
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
+TRITON = ("tests/ops/test_attention_triton.py", "-k", "interpreter")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
 PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
@@ -106,6 +107,43 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("squares[i] = 0.0f;", "squares[i] = 1e3f;"),
             ("*= factor[b]", "*= factor[0]"),
             ("all / (double)s->batch", "all"),
+        ),
+    ),
+    (
+        "kernels/ops/attention/triton_kernel.py",
+        TRITON,
+        (
+            (
+                'return tl.where(there, _dot(a, tl.trans(b)) * factor, float("-inf"))',
+                "return _dot(a, tl.trans(b)) * factor",
+            ),
+            ("factor, (key + keys < length)[None, :])", "factor, (keys < length)[None, :])"),
+            ("most * UNIT + tl.log2(total) * LN_2", "(most + tl.log2(total)) * LN_2"),
+            ("total = total * shrink + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"),
+            (
+                "for key in range(0, length, STEP):\n            keys =",
+                "for key in range(STEP, length, STEP):\n            keys =",
+            ),
+            ("grad_k * scale", "grad_k"),
+            ("begin + tl.arange(0, BLOCK) < length)[:, None]", "begin + tl.arange(0, BLOCK) <= length)[:, None]"),
+            (
+                "tl.store(at, x.to(start.dtype.element_ty), mask=(rows < length)[:, None])",
+                "tl.store(at, x.to(start.dtype.element_ty))",
+            ),
+            ("lse + head.to(tl.int64) * tokens + first\n", "lse + head.to(tl.int64) * length + first\n"),
+            ("tl.sum(p * grad_p, 0) if ONE", "tl.sum(p * grad_p, 0) * 0.99 if ONE"),
+            (
+                "    at = start + rows.to(tl.int64)[:, None] * token_stride + columns[None, :]\n    return",
+                "    at = start + rows[:, None] * token_stride + columns[None, :]\n    return",
+            ),
+        ),
+    ),
+    (
+        "kernels/ops/attention/triton_host.py",
+        TRITON,
+        (
+            ("(0, grad_out.stride(0))", "(0, qkv.shape[-1] * qkv.shape[-2])"),
+            ("if length <= most)", "if length < most + 2)"),
         ),
     ),
     (

@@ -94,7 +94,8 @@ def test_nothing_imports_tests_or_benchmarks():
 def test_heavy_packages_are_imported_where_they_are_used():
     for path in (*python_files("kernels"), *python_files("maskdiff"), *python_files("benchmarks")):
         tops = {module.split(".")[0] for module in imports(path, top_only=True)}
-        assert tops.isdisjoint(HEAVY), name(path)
+        allowed = {"triton"} if path.name == "triton_kernel.py" else set()  # which others import inside functions
+        assert tops.isdisjoint(HEAVY - allowed), name(path)
 
 
 def test_measuring_needs_no_heavy_package():

@@ -1,27 +1,24 @@
 """attention: fp64 truth of the output and its gradient, ragged against one by one, layouts, the same bits, errors."""
 
 import ctypes
-import functools
 import inspect
 import itertools
 import os
 import shutil
 import subprocess
 import types
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from placing import here
+from attention_truth import attend, both, check, offsets, plain, random
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskdiff_kernels as mk
 from maskdiff_kernels import dispatch, library
-from maskdiff_kernels.ops.attention import cpp, cuda, sdpa, xformers
+from maskdiff_kernels.ops.attention import cpp, cuda, sdpa, triton_host, xformers
 from maskdiff_kernels.ops.attention import op as attention_op
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,75 +28,6 @@ LENGTHS.append(417)
 WIDTHS = {32: (1, 17, 33, 130), 64: LENGTHS, 128: (2, 27, 65, 129)}
 MIXES = [[0, 5, 0, 33, 1, 0, 17], [27] * 4, [3, 2, 300, 4, 1], [2, 65, 64, 66, 63], [0, 0], []]
 OTHERS = ["sdpa", "explicit"]
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return here(torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(dtype))
-
-
-def offsets(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
-
-
-def plain(qkv: Tensor, scale: float | None = None) -> Tensor:  # [B, L, 3, H, d] -> [B, L, H * d]
-    """Attention as one would write it in PyTorch, in the input's dtype."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    scores = q @ k.transpose(-2, -1) * (qkv.shape[-1] ** -0.5 if scale is None else scale)
-    return (torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2)
-
-
-def builtin(qkv: Tensor, scale: float | None = None) -> Tensor:
-    """The same by PyTorch's own function."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
-
-
-def ragged(qkv: Tensor, lengths: Sequence[int], one=plain) -> Tensor:  # [T, 3, H, d] -> [T, H * d]
-    """One sequence at a time."""
-    return torch.cat([qkv[:0].sum(1).flatten(1), *(one(part[None])[0] for part in qkv.split(list(lengths)))])
-
-
-def both(function, qkv: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    """The output of a function of qkv, and the gradient of qkv."""
-    qkv = qkv.detach().requires_grad_()
-    out = function(qkv)
-    return out.detach(), torch.autograd.grad(out, qkv, grad_out)[0]
-
-
-def check(
-    qkv: Tensor,
-    grad_out: Tensor,
-    got: tuple[Tensor, Tensor],
-    lengths: Sequence[int] | None = None,
-    scale: float | None = None,
-    backend: str = "",
-) -> None:
-    """Errors at most twice (gradients: three times) those of plain PyTorch in the same dtype, plus one rounding."""
-
-    def run(one, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = functools.partial(one, scale=scale)
-        return both(lambda y: scaled(y) if lengths is None else ragged(y, lengths, scaled), x, grad)
-
-    truth = run(plain, qkv.double(), grad_out.double())
-    # "sdpa" is plain PyTorch too, less exact than explicit products where one key has all: it is held to both
-    peers = [run(one, qkv, grad_out) for one in ((plain, builtin) if backend == "sdpa" else (plain,))]
-    for i, (name, factor) in enumerate((("out", 2), ("grad", 3))):
-        exact, kernel = truth[i], got[i]
-        assert kernel.dtype == qkv.dtype and kernel.shape == exact.shape
-        if exact.numel() == 0:
-            continue
-        error, *peer_errors = ((x.double() - exact).abs().max().item() for x in (kernel, *(peer[i] for peer in peers)))
-        rounding = torch.finfo(qkv.dtype).eps / 2 * exact.abs().max().item()
-        shape = lengths or list(qkv.shape)
-        print(f"{shape} {qkv.dtype} {name}: {error:.2e}, plain PyTorch {max(peer_errors):.2e}, rounding {rounding:.2e}")
-        assert error <= factor * max(peer_errors) + rounding  # false for NaN
-
-
-def attend(backend: str, lengths: Sequence[int] | None = None, **options):
-    """The op as a function of qkv alone."""
-    if lengths is not None:
-        options |= {"cu_seqlens": offsets(lengths), "max_seqlen": options.get("max_seqlen", max(lengths, default=0))}
-    return functools.partial(mk.attention, backend=backend, **options)
 
 
 def taken(backend: str, qkv: Tensor, length: int | None = None) -> bool:
@@ -477,22 +405,32 @@ def test_errors_of_the_backward():
 
 
 def test_choice():
-    assert list(mk.backends("attention")) == ["cuda", "cpp", "sdpa", "reference", "explicit", "xformers"]
+    names = ["cuda", "cpp", "triton", "sdpa", "reference", "explicit", "xformers"]
+    assert list(mk.backends("attention")) == names
     assert dispatch.choice("attention", "cpu") == os.environ.get("MASKDIFF_KERNELS", "cpp")
-    with pytest.raises(ValueError, match="^backend: got 'flash', attention takes auto or one of cuda, cpp, sdpa"):
+    with pytest.raises(ValueError, match="^backend: got 'flash', attention takes auto or one of cuda, cpp, triton"):
         mk.attention(random(2, 5, 3, 2, 32), backend="flash")
-    for name in ("cuda", "xformers"):
+    for name in ("cuda", "triton", "xformers"):
         with pytest.raises(ValueError, match=f"^backend: '{name}' of attention takes cuda tensors, not cpu"):
             mk.attention(random(2, 5, 3, 2, 32), backend=name)
 
 
-def test_where_cuda_cannot_another_runs(monkeypatch):
-    """Its kernels have limits of length, width and dtype: auto goes on with PyTorch's own, a request is an error."""
+@pytest.mark.parametrize("there", [True, False])
+def test_where_cuda_cannot_another_runs(monkeypatch, there):
+    """Its kernels have limits of length, width and dtype: auto goes on with Triton or PyTorch's own."""
+
+    def load() -> str:
+        if not there:
+            raise library.LibraryError("triton is not there")
+        return "Triton"
+
     monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "choose", lambda op, device, backend, length: cuda)
+    monkeypatch.setattr(triton_host, "load", load)
+    monkeypatch.setattr(attention_op, "_where_cuda_cannot", attention_op._where_cuda_cannot.__wrapped__)
     short, long = random(1, 5, 3, 2, 64, dtype=torch.bfloat16), random(1, 300, 3, 2, 64, dtype=torch.bfloat16)
     chosen = [attention_op._choose(x, None, x.shape[1], "auto") for x in (short, long, short.float())]
-    assert chosen == [cuda, sdpa, sdpa]
+    assert chosen == [cuda, *[triton_host if there else sdpa] * 2]
     assert attention_op._choose(long, None, 300, "cuda") is cuda
     with pytest.raises(ValueError, match="^backend: 'cuda' of attention takes at most 288 tokens, not 300"):
         cuda.run(long, None, None, 0.125)
