@@ -109,7 +109,8 @@ def run(library: ctypes.CDLL, case: Case, seed: int = 0) -> dict[str, np.ndarray
 CASES = {
     "one": Case((1,)),
     "odd": Case((15, 16, 17), gap=3, low_size=20, two=True),
-    "fours": Case((1024, 20, 512, 5), gap=4, dtypes=(BF16, FP32), low_size=1040),
+    "fours": Case((1024, 20, 512, 5), gap=4, dtypes=(BF16, FP32), low_size=1042),
+    "aligned": Case((16388, 32768, 12), dtypes=(FP32, BF16, FP16), low_size=49157),
     "halves": Case((4096, 3, 700), dtypes=(BF16, FP16, FP32), low=FP16, low_size=4103, two=True),
     "chunks": Case((16383, 1, 16385, 16384), dtypes=(FP32, BF16), low_size=49153, bound=np.inf),
     "sums": Case((3, 40_000), gap=16, dtypes=(BF16,), low_size=40_035),
