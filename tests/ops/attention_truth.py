@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from placing import here
 from torch import Tensor
 
 import maskdiff_kernels as mk
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return here(torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(dtype))
 
 
 def offsets(lengths: Sequence[int]) -> Tensor:

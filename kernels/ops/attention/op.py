@@ -109,7 +109,7 @@ def _check(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, scale
 
 def _choose(qkv: Tensor, cu_seqlens: Tensor | None, length: int, backend: str) -> ModuleType:
     """The implementation asked for; for "auto" the chosen one, or another where that does not take such a tensor."""
-    chosen = dispatch.choose("attention", qkv.device, backend)
+    chosen = dispatch.choose("attention", qkv.device, backend, length)
     if chosen is cuda and backend == "auto" and not os.environ.get("MASKDIFF_KERNELS"):
         return cuda if cuda.can_take(qkv, length)[0] else _where_cuda_cannot()
     if cu_seqlens is not None and qkv.is_cpu and chosen is not cpp:  # the C++ looks by itself
