@@ -108,16 +108,20 @@ def variants() -> list[tuple]:
 def test_compiles_without_spilling(kernel, arch):
     chosen = [variant for variant in variants() if variant[0] == kernel and variant[4] == arch]
     assert len({dtype for _, dtype, *_ in chosen}) == 3
+    spilling = []
     for _, dtype, width, most, _, ragged in chosen:
         binary = compiled(kernel, dtype, width, most, ("cuda", arch, 32), ragged)
         used = resources(binary.asm["cubin"])
         print(kernel, dtype, width, most, arch, used["REG"], used["STACK"], binary.metadata.shared)
-        assert 0 < used["REG"] <= 255 and used["STACK"] == 0
+        assert 0 < used["REG"] <= 255
+        if used["STACK"] != 0:
+            spilling.append((dtype, width, most, ragged, used))
         assert binary.metadata.shared <= SHARED[arch] * 1024
         assert binary.metadata.global_scratch_size == 0
         instructions = set(re.findall(r"^\s+(?:@%\w+ )?(\w+)\.", binary.asm["ptx"], re.MULTILINE))
         assert instructions & {"ld", "st"} and not instructions & {"atom", "red"}
         assert bool(instructions & {"mma", "wgmma", "tcgen05"}) == (dtype != "fp32")  # float32 products are float32's
+    assert spilling == []
 
 
 @pytest.mark.parametrize(
