@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MASKDIFF_ABI 3
+#define MASKDIFF_ABI 4
 
 #if defined(__GNUC__)
 #define MASKDIFF_API __attribute__((visibility("default")))
@@ -100,6 +100,38 @@ typedef struct {
   int64_t products;           // maskdiff_products
 } maskdiff_attention_input;
 
+// What adamw_ema updates: flat buffers of N floats, in which S segments (the parameters) lie one after another, with gaps
+// or without. The five tables of the segments are in the host's memory, on every device.
+typedef struct {
+  float* master;               // in, out [N]
+  float* exp_avg;              // in, out [N] first moments
+  float* exp_avg_sq;           // in, out [N] second moments
+  float* ema;                  // in, out [N] averages of the masters
+  float* ema2;                 // in, out [N], or NULL: a second average
+  void* low;                   // out [low_size] of low_dtype: the first masters, rounded to nearest even
+  float* adam_step;            // in, out [1] updates made
+  float* ema_step;             // in, out [1] updates that the averages have seen
+  const float* hyper;          // [2] learning rate, bound on the gradient norm (infinity: none)
+  const void* const* grads;    // [S] dense gradients
+  const int64_t* grad_dtypes;  // [S] maskdiff_dtype
+  const int64_t* offsets;      // [S] where a segment starts, ascending
+  const int64_t* sizes;        // [S] elements; offset + size is at most the next offset, and at last N
+  const int64_t* decays;       // [S] 1 where the weights decay, else 0
+  int64_t segments;            // S
+  int64_t low_size;            // at most N
+  int64_t low_dtype;           // maskdiff_dtype
+} maskdiff_adamw;
+
+// The numbers of adamw_ema that a run does not change.
+typedef struct {
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  double ema_decay;   // the final ones: decays rise as (1 + k) / (10 + k), k the updates that the averages have seen
+  double ema2_decay;
+} maskdiff_adamw_numbers;
+
 // ---- the CPU library. `threads` is the number of OpenMP threads to use; results do not depend on it ----
 
 MASKDIFF_API const char* maskdiff_source_version(void);  // of the sources this library was built from
@@ -146,6 +178,12 @@ MASKDIFF_API int maskdiff_cpu_attention_backward(const maskdiff_attention_input*
                                                  const void* grad_out, int64_t grad_sequence_stride,
                                                  int64_t grad_token_stride, void* grad_qkv, int threads);
 
+// Clips the gradients to the bound, updates the masters by AdamW, then the averages and the low-precision copy; counts.
+// norm [1]: of all gradients, before clipping. Where it is not finite (a sum of squares beyond the floats is not)
+// nothing else is changed. skipped [1]: 1 where that happened, else 0. Errors: NO_MEMORY, BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_adamw_ema(const maskdiff_adamw* update, const maskdiff_adamw_numbers* numbers, float* norm,
+                                        float* skipped, int threads);
+
 // ---- the CUDA library. Pointers are to memory that `device` can read; an entry queues its work on `stream`, waits for
 // nothing, and returns one of the codes above or one that maskdiff_cuda_error_text explains ----
 
@@ -167,6 +205,13 @@ MASKDIFF_API int maskdiff_cuda_attention(const maskdiff_attention_input* input, 
 MASKDIFF_API int maskdiff_cuda_attention_backward(const maskdiff_attention_input* input, float scale, const void* out,
                                                   const float* lse, const void* grad_out, int64_t grad_sequence_stride,
                                                   int64_t grad_token_stride, void* grad_qkv, int device, void* stream);
+
+// adamw_ema as the CPU library's; tables of segments in the host's memory, all else in the device's. The same bits every
+// time and on every GPU. workspace: as many doubles as maskdiff_cuda_adamw_ema_workspace says.
+// Errors: BAD_RANGE (no segment), BAD_OPTION.
+MASKDIFF_API int maskdiff_cuda_adamw_ema(const maskdiff_adamw* update, const maskdiff_adamw_numbers* numbers, float* norm,
+                                         float* skipped, double* workspace, int device, void* stream);
+MASKDIFF_API int maskdiff_cuda_adamw_ema_workspace(void);
 
 // Shared memory of a block for sequences of at most `length` tokens.
 MASKDIFF_API int64_t maskdiff_cuda_attention_shared_bytes(int64_t width, int64_t length, int backward);

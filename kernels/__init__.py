@@ -1,13 +1,15 @@
 """maskdiff_kernels: the compute ops of maskdiff. Knows nothing of training.
 
 `draw_batch` says what a batch of samples shows, `noisy_patches` makes the model's input of it, `attention` mixes its
-tokens, `denoising_loss` scores the model's output. Each has a plain PyTorch twin and compiled kernels; `backends` tells
-which can run here.
+tokens, `denoising_loss` scores the model's output, `adamw_ema` updates the weights. Each has a plain PyTorch twin and
+compiled kernels; `backends` tells which can run here.
 """
 
 from maskdiff_kernels import philox
 from maskdiff_kernels.dispatch import backends, chosen
 from maskdiff_kernels.library import LibraryError, cpu_level, source_version
+from maskdiff_kernels.ops.adamw_ema.op import adamw_ema
+from maskdiff_kernels.ops.adamw_ema.state import AdamState
 from maskdiff_kernels.ops.attention.op import WIDTHS as ATTENTION_WIDTHS
 from maskdiff_kernels.ops.attention.op import attention
 from maskdiff_kernels.ops.denoising_loss.op import denoising_loss
@@ -17,10 +19,12 @@ from maskdiff_kernels.ops.samples import Store
 
 __all__ = [
     "ATTENTION_WIDTHS",
+    "AdamState",
     "Batch",
     "LibraryError",
     "Mask",
     "Store",
+    "adamw_ema",
     "attention",
     "backends",
     "chosen",

@@ -54,6 +54,7 @@ def register(op: str, **implementations: ModuleType) -> None:
         "reference": ((), lambda: "plain PyTorch, any device"),
         "cpp": (("cpu",), lambda: f"C++, {library.cpu_level()}"),
         "cuda": (("cuda",), _cuda),
+        "torch": ((), lambda: "PyTorch's fused optimizer, any device"),
         "sdpa": ((), lambda: "PyTorch's scaled_dot_product_attention, any device"),
         "explicit": ((), lambda: "PyTorch's products and softmax, any device"),
         "triton": (TRITON_DEVICES, lambda: implementations["triton"].load()),

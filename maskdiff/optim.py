@@ -1,5 +1,6 @@
 """The trained state in flat buffers: fp32 masters, moments, EMA, and the parameters as views of them."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,9 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+import maskdiff_kernels
+from maskdiff_kernels import AdamState
 
 from .config import OptimConfig
 
@@ -77,9 +81,22 @@ class FlatState(Generic[M]):
                 segment.view(self.master).copy_(param)
         self.adam_step = torch.zeros((), device=device)  # updates made, skipped ones not counted
         self.ema_step = torch.zeros((), device=device)
+        self.hyper = torch.zeros(2, device=device)  # what the last update was told
         self.sample = 0  # number of the next sample of the run's stream
         self.step = 0  # steps made, skipped ones counted
         self.ema.copy_(self.master)
+        self.adam = AdamState(
+            self.master,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.ema,
+            self.adam_step,
+            self.ema_step,
+            offsets=[segment.offset for segment in self.segments],
+            sizes=[segment.shape.numel() for segment in self.segments],
+            decays=[segment.decay for segment in self.segments],
+            low=self.low if self.low.numel() else None,
+        )
         self._bind(self.master, self.low)
         self._round()
 
@@ -151,60 +168,21 @@ class FlatState(Generic[M]):
         self._round()
 
 
-@torch.no_grad()
 def adamw_ema(state: FlatState, grads: list[Tensor], hyper: Hyper) -> tuple[Tensor, Tensor]:
     """Clips, updates the masters by AdamW, the EMA and the low-precision weights.
 
     Args:
         state: what is updated, in place.
-        grads: one gradient per segment of `state`, float32 or the low dtype. They are overwritten.
+        grads: one gradient per segment of `state`, float32 or the low dtype. Their values are undefined afterwards.
         hyper: learning rate and bound on the gradient norm.
 
     Returns (gradient norm before clipping [] float32, skipped [] float32: 1 where a gradient was not finite; then
     nothing but the step count changed). Never waits for the device.
-
-    The EMA's decay rises as (1 + k) / (10 + k) to its final value, so that early averages are not stuck at the start.
-    Source: Loshchilov & Hutter 2019 (AdamW); the skip is PyTorch's `found_inf`.
     """
     config = state.config
-    grads = [grad if grad.dtype == torch.float32 else grad.float() for grad in grads]
-    norm = _total_norm(grads)
-    skipped = (~torch.isfinite(norm)).float()
-    # PyTorch's kernel divides by grad_scale on the fly: clipping costs no pass of its own.
-    scale = (norm / hyper.clip).clamp_(min=1.0) if hyper.clip is not None else None
-    state.adam_step += 1 - skipped
-    state.ema_step += 1 - skipped
-    masters, exp_avgs, exp_avg_sqs = (state.views(flat) for flat in (state.master, state.exp_avg, state.exp_avg_sq))
-    for decay in (True, False):
-        chosen = [i for i, segment in enumerate(state.segments) if segment.decay == decay]
-        if not chosen:
-            continue
-        torch._fused_adamw_(
-            [masters[i] for i in chosen],
-            [grads[i] for i in chosen],
-            [exp_avgs[i] for i in chosen],
-            [exp_avg_sqs[i] for i in chosen],
-            [],
-            [state.adam_step] * len(chosen),
-            lr=hyper.lr,
-            beta1=config.betas[0],
-            beta2=config.betas[1],
-            weight_decay=config.weight_decay if decay else 0.0,
-            eps=config.eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=scale,
-            found_inf=skipped,
-        )
-    ema_decay = torch.clamp((1 + state.ema_step) / (10 + state.ema_step), max=config.ema)
-    state.ema.lerp_(state.master, (1 - ema_decay) * (1 - skipped))
-    state._round()
+    state.hyper[0].fill_(hyper.lr)
+    state.hyper[1].fill_(math.inf if hyper.clip is None else hyper.clip)
     state.step += 1
-    return norm, skipped
-
-
-def _total_norm(grads: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, [] float32. On a CPU by products, which run at 1.4x the rate of norms."""
-    if grads[0].device.type != "cpu":
-        return torch.nn.utils.get_total_norm(grads)
-    return torch.stack([torch.dot(flat, flat) for flat in (grad.reshape(-1) for grad in grads)]).sum().sqrt()
+    return maskdiff_kernels.adamw_ema(
+        state.adam, grads, state.hyper, config.betas, config.eps, config.weight_decay, ema_decay=config.ema
+    )

@@ -33,6 +33,7 @@ TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them han
 
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
 TRITON = ("tests/ops/test_attention_triton.py", "-k", "interpreter")
+ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
 PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
@@ -72,6 +73,50 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("(elements + 3) / 4", "elements / 4"),
             ("2.0 / 255.0", "2.0 / 256.0"),
         ),
+    ),
+    (
+        "csrc/common/adamw.h",
+        ADAMW,
+        (
+            ("(int64_t)adam_step + 1;", "(int64_t)adam_step;"),
+            ("norm > bound ?", "bound > 0.0f ?"),
+            ("const float single = (float)sum;", "const float single = (float)__builtin_sqrt(sum);"),
+            ("young < decay ? young : decay", "decay"),
+            ("* f.root + f.eps", "+ f.eps"),
+            ("x.master = keep * x.master", "x.master = f.keep[1] * x.master"),
+        ),
+    ),
+    (
+        "csrc/cpu/adamw_ema.cpp",
+        ADAMW,
+        (
+            ("i + 16 <= count", "i + 16 < count + 16"),
+            ("lanes += x * x;", "lanes = x * x;"),
+            ("at - offset, count, buffer", "0, count, buffer"),
+            ("low < count ? low : count", "count"),
+            ("c >= chunks * part / parts", "c > chunks * part / parts"),
+            ("  *a->ema_step += 1.0f;\n", ""),
+        ),
+    ),
+    (
+        "csrc/cuda/adamw_ema.cu",
+        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or address"),
+        (
+            ("first ? sum : workspace->sums[block] + sum", "sum"),
+            ("float adam_step = workspace->adam_step,", "float adam_step = *update.adam_step,"),
+            ("at + N <= update.low_size", "at < update.low_size"),
+            ("sums[thread + other];\n    ptx::sync_block();", "sums[thread + other];"),
+        ),
+    ),
+    (
+        "csrc/cuda/adamw_ema.cu",
+        ("tests/emulation/test_adamw_ema.py", "-k", "address"),
+        (("segment.offset % 4 == 0 && ", ""),),
+    ),
+    (
+        "kernels/ops/adamw_ema/fused.py",
+        ADAMW,
+        (("(1 - decay) * (1 - skipped)", "1 - decay"), ("u.weight_decay if decays else 0.0", "u.weight_decay")),
     ),
     (
         "csrc/cpu/draw_batch.cpp",
@@ -188,11 +233,9 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "maskdiff/optim.py",
         trainer("optim"),
         (
-            (".clamp_(min=1.0)", ""),
-            ("(1 - ema_decay) * (1 - skipped)", "1 - ema_decay"),
-            ("max=config.ema", "max=1.0"),
-            ("config.weight_decay if decay else 0.0", "config.weight_decay"),
-            ("    state._round()\n    state.step += 1", "    state.step += 1"),
+            ("math.inf if hyper.clip is None else hyper.clip", "math.inf"),
+            ("low=self.low if self.low.numel() else None", "low=None"),
+            ("decays=[segment.decay for", "decays=[segment.low for"),
         ),
     ),
     (

@@ -63,6 +63,11 @@ int maskdiff_cpu_denoising_loss_backward(const void* error, const int32_t* cu_pa
   DISPATCH(denoising_loss_backward(error, cu_patches, factor, batch, total, elements, dtype, gradient, threads))
 }
 
+int maskdiff_cpu_adamw_ema(const maskdiff_adamw* update, const maskdiff_adamw_numbers* numbers, float* norm,
+                           float* skipped, int threads) {
+  DISPATCH(adamw_ema(update, numbers, norm, skipped, threads))
+}
+
 int maskdiff_cpu_attention(const maskdiff_attention_input* input, float scale, void* out, float* lse, int threads) {
   DISPATCH(attention(input, scale, out, lse, threads))
 }

@@ -6,6 +6,8 @@
 #define MASKDIFF_DECLARE_OPS(NAME)                                                                                     \
   namespace maskdiff {                                                                                                 \
   namespace NAME {                                                                                                     \
+  int adamw_ema(const maskdiff_adamw* update, const maskdiff_adamw_numbers* numbers, float* norm, float* skipped,      \
+                int threads);                                                                                          \
   int attention(const maskdiff_attention_input* input, float scale, void* out, float* lse, int threads);               \
   int attention_backward(const maskdiff_attention_input* input, float scale, const float* lse, const void* grad_out,   \
                          int64_t grad_sequence_stride, int64_t grad_token_stride, void* grad_qkv, int threads);        \

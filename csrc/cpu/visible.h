@@ -6,6 +6,7 @@
 #include "common/normals.h"
 #include "common/patches.h"
 #include "cpu/philox_vector.h"
+#include "cpu/threads.h"
 #include "maskdiff_kernels.h"
 
 namespace maskdiff {
@@ -48,12 +49,6 @@ static inline int64_t tasks_per_sample(const maskdiff_samples* s) {
   }
   const int64_t patches = task_patches(s);
   return (most + patches - 1) / patches;
-}
-
-// Fewer threads where waking them costs more than they save.
-static inline int useful_threads(int64_t elements, int threads) {
-  const int64_t useful = elements / 8192 + 1;
-  return useful < threads ? (int)useful : threads;
 }
 
 static inline bool all_within(const int64_t* values, int64_t count, int64_t bound) {

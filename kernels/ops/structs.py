@@ -1,11 +1,13 @@
 """The structs and codes of csrc/maskdiff_kernels.h, and the calls' common ground: pointers, threads, errors."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from maskdiff_kernels import library
+from maskdiff_kernels.ops.adamw_ema.state import Update
 from maskdiff_kernels.ops.samples import Samples
 
 OK, BAD_RANGE, NO_MEMORY, BAD_OPTION = range(4)
@@ -49,6 +51,21 @@ class AttentionStruct(ctypes.Structure):
         "qkv cu_seqlens",
         "sequences length tokens heads width sequence_stride token_stride part_stride head_stride dtype products",
     )
+
+
+class AdamwStruct(ctypes.Structure):
+    """maskdiff_adamw."""
+
+    _fields_ = _fields(
+        "master exp_avg exp_avg_sq ema ema2 low adam_step ema_step hyper grads grad_dtypes offsets sizes decays",
+        "segments low_size low_dtype",
+    )
+
+
+class AdamwNumbersStruct(ctypes.Structure):
+    """maskdiff_adamw_numbers."""
+
+    _fields_ = [(name, ctypes.c_double) for name in "beta1 beta2 eps weight_decay ema_decay ema2_decay".split()]
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -99,6 +116,25 @@ def attention_struct(
     return AttentionStruct(qkv.data_ptr(), pointer(cu_seqlens), *numbers)
 
 
+def adamw_structs(u: Update) -> tuple[AdamwStruct, AdamwNumbersStruct]:
+    """An update as the C functions take it. It borrows the tensors: keep them alive."""
+    grads = (ctypes.c_void_p * len(u.grads))(*(grad.data_ptr() for grad in u.grads))
+    tables = (grads, *map(_table, ([DTYPES[grad.dtype] for grad in u.grads], u.offsets, u.sizes, u.decays)))
+    update = AdamwStruct(
+        *(pointer(tensor) for tensor in (u.master, u.exp_avg, u.exp_avg_sq, u.ema, u.ema2, u.low)),
+        *(tensor.data_ptr() for tensor in (u.adam_step, u.ema_step, u.hyper)),
+        *(ctypes.cast(table, ctypes.c_void_p) for table in tables),
+        len(u.grads),
+        0 if u.low is None else u.low.shape[0],
+        DTYPES[torch.bfloat16 if u.low is None else u.low.dtype],
+    )
+    return update, AdamwNumbersStruct(u.beta1, u.beta2, u.eps, u.weight_decay, u.ema_decay, u.ema2_decay)
+
+
+def _table(numbers: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
 def call(function: str, *arguments: object) -> int:
     """Calls an exported function, on as many threads as PyTorch uses; returns its error code but for memory errors."""
     code = getattr(library.cpu(), function)(*arguments, torch.get_num_threads())
@@ -107,3 +143,12 @@ def call(function: str, *arguments: object) -> int:
     if code == BAD_OPTION:
         raise ValueError(f"{function}: got an option that the compiled library does not know")
     return code
+
+
+def call_cuda(function: str, device: torch.device, *arguments: object) -> None:
+    """Queues an exported function of the CUDA library on the current stream of `device`; raises RuntimeError."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    code = getattr(library.cuda(), function)(*arguments, device.index or 0, ctypes.c_void_p(stream))
+    if code:
+        said = library.cuda().maskdiff_cuda_error_text(code).decode() if code >= 1000 else f"error {code}"
+        raise RuntimeError(f"{function}: {said}")

@@ -43,6 +43,8 @@ STRUCTS = {
     "draw": structs.DrawStruct,
     "samples": structs.SamplesStruct,
     "attention_input": structs.AttentionStruct,
+    "adamw": structs.AdamwStruct,
+    "adamw_numbers": structs.AdamwNumbersStruct,
 }
 
 
@@ -53,8 +55,8 @@ def test_structs_are_those_of_the_header(name, struct):
     declared = re.findall(r"(\w[\w ]*?)(\*?) (\w+);", body[1])
     assert [field for _, _, field in declared] == [field for field, _ in struct._fields_]
     for (kind, star, field), (_, ctype) in zip(declared, struct._fields_, strict=True):
-        assert ctype is (ctypes.c_void_p if star else ctypes.c_int64), field
-        assert star or kind == "int64_t", field
+        kinds = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
+        assert ctype is (ctypes.c_void_p if star else kinds[kind]), field
 
 
 def test_codes_are_those_of_the_header():
@@ -203,7 +205,7 @@ def test_choice(monkeypatch):
     monkeypatch.setenv("MASKDIFF_KERNELS", "fast")
     with pytest.raises(ValueError, match="^MASKDIFF_KERNELS: got 'fast', draw_batch takes auto or one of cpp, ref"):
         draw()
-    with pytest.raises(ValueError, match="^op: got 'sum', takes one of attention, draw_batch"):
+    with pytest.raises(ValueError, match="^op: got 'sum', takes one of adamw_ema, attention, draw_batch"):
         mk.backends("sum")
 
 

@@ -5,8 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from maskdiff_kernels import library
-from maskdiff_kernels.ops.structs import AttentionStruct, attention_struct
+from maskdiff_kernels.ops.structs import AttentionStruct, attention_struct, call_cuda
 
 MOST_TOKENS = 288
 WIDTHS = (32, 64)
@@ -61,7 +60,7 @@ def run(
     given, heads, width = _input(qkv, cu_seqlens, max_seqlen), *qkv.shape[-2:]
     out = qkv.new_empty(*qkv.shape[:-3], heads * width)
     lse = qkv.new_empty(heads, given.tokens, dtype=torch.float32)
-    _call("maskdiff_cuda_attention", qkv.device, ctypes.byref(given), ctypes.c_float(scale), _p(out), _p(lse))
+    call_cuda("maskdiff_cuda_attention", qkv.device, ctypes.byref(given), ctypes.c_float(scale), _p(out), _p(lse))
     return out, lse
 
 
@@ -81,7 +80,7 @@ def run_backward(
     strides = (ctypes.c_int64(grad_out.stride(0)), ctypes.c_int64(grad_out.stride(-2)))
     given = _input(qkv, cu_seqlens, max_seqlen)
     arguments = (_p(out), _p(lse), _p(grad_out), *strides, _p(grad_qkv))
-    _call("maskdiff_cuda_attention_backward", qkv.device, ctypes.byref(given), ctypes.c_float(scale), *arguments)
+    call_cuda("maskdiff_cuda_attention_backward", qkv.device, ctypes.byref(given), ctypes.c_float(scale), *arguments)
     return grad_qkv
 
 
@@ -94,11 +93,3 @@ def _input(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> At
 
 def _p(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _call(function: str, device: torch.device, *arguments: object) -> None:
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    code = getattr(library.cuda(), function)(*arguments, device.index or 0, ctypes.c_void_p(stream))
-    if code:
-        said = library.cuda().maskdiff_cuda_error_text(code).decode() if code >= 1000 else f"error {code}"
-        raise RuntimeError(f"{function}: {said}")

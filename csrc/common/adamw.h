@@ -1,0 +1,82 @@
+// One element's step of AdamW and of the averages of its weights; the same formulas on CPU and GPU.
+// Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
+#pragma once
+
+#include "maskdiff_kernels.h"
+#include "portable.h"
+
+namespace maskdiff {
+namespace ISA {
+
+// What an update multiplies with, the same for all elements.
+struct AdamFactors {
+  float clip;           // gradients
+  float keep[2];        // masters, without decay and with it
+  float to_exp_avg;     // 1 - beta1
+  float beta2;
+  float to_exp_avg_sq;  // 1 - beta2
+  float rate;           // lr / (1 - beta1^t)
+  float root;           // 1 / sqrt(1 - beta2^t)
+  float eps;
+  float to_ema[2];      // the share of the new weights in each average
+};
+
+// The norm of gradients whose squares have this sum; says whether it is finite, as a sum in float would be.
+MASKDIFF_HD bool finite_norm(double sum, float* norm) {
+  const float single = (float)sum;
+  const bool finite = (bits_of(single) & 0x7F800000u) != 0x7F800000u;
+  *norm = finite ? (float)__builtin_sqrt(sum) : single;
+  return finite;
+}
+
+// base^count by squaring: the same bits everywhere
+MASKDIFF_HD double power(double base, int64_t count) {
+  double result = 1.0;
+  for (; count > 0; count >>= 1, base *= base) {
+    if (count & 1) result *= base;
+  }
+  return result;
+}
+
+// How much of the new weights an average takes up: young averages take up more, so that they do not stick to their start.
+MASKDIFF_HD float ema_share(double decay, double seen) {
+  const double young = (1.0 + seen) / (10.0 + seen);
+  return (float)(1.0 - (young < decay ? young : decay));
+}
+
+// The factors of the update that follows `adam_step` and `ema_step` earlier ones; lr, bound: the two of `hyper`.
+MASKDIFF_HD AdamFactors adam_factors(const maskdiff_adamw_numbers& n, float lr, float bound, float norm, float adam_step,
+                                     float ema_step) {
+  const int64_t t = (int64_t)adam_step + 1;
+  const double seen = (double)ema_step + 1.0;
+  AdamFactors f;
+  f.clip = norm > bound ? bound / norm : 1.0f;
+  f.keep[0] = 1.0f;
+  f.keep[1] = (float)(1.0 - (double)lr * n.weight_decay);
+  f.to_exp_avg = (float)(1.0 - n.beta1);
+  f.beta2 = (float)n.beta2;
+  f.to_exp_avg_sq = (float)(1.0 - n.beta2);
+  f.rate = (float)((double)lr / (1.0 - power(n.beta1, t)));
+  f.root = (float)(1.0 / __builtin_sqrt(1.0 - power(n.beta2, t)));
+  f.eps = (float)n.eps;
+  f.to_ema[0] = ema_share(n.ema_decay, seen);
+  f.to_ema[1] = ema_share(n.ema2_decay, seen);
+  return f;
+}
+
+// A master and its moments.
+struct AdamElement {
+  float master, exp_avg, exp_avg_sq;
+};
+
+// The element after a step for the gradient g; `keep` is one of f.keep.
+MASKDIFF_HD AdamElement adamw(const AdamFactors& f, float keep, float g, AdamElement x) {
+  g *= f.clip;
+  x.exp_avg += f.to_exp_avg * (g - x.exp_avg);
+  x.exp_avg_sq = f.beta2 * x.exp_avg_sq + f.to_exp_avg_sq * g * g;
+  x.master = keep * x.master - f.rate * (x.exp_avg / (__builtin_sqrtf(x.exp_avg_sq) * f.root + f.eps));
+  return x;
+}
+
+}  // namespace ISA
+}  // namespace maskdiff

@@ -1,0 +1,17 @@
+"""adamw_ema by the compiled CPU library."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from maskdiff_kernels.ops.adamw_ema.state import Update
+from maskdiff_kernels.ops.structs import adamw_structs, call
+
+
+def run(u: Update) -> tuple[Tensor, Tensor]:
+    """Norm before clipping [] and skipped [], float32; the state is updated in place."""
+    norm, skipped = torch.empty(()), torch.empty(())
+    outputs = (ctypes.c_void_p(norm.data_ptr()), ctypes.c_void_p(skipped.data_ptr()))
+    call("maskdiff_cpu_adamw_ema", *map(ctypes.byref, adamw_structs(u)), *outputs)
+    return norm, skipped

@@ -1,0 +1,132 @@
+"""Runs adamw_ema's CUDA kernels in an emulated library, on exact-size buffers, outputs poisoned with NaN first.
+
+    python tests/emulation/adamw_cases.py LIBRARY CASE [CASE ...]
+
+runs cases (see CASES) in a process of its own, as the sanitizers need it; it imports nothing but NumPy.
+"""
+
+import ctypes
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+from conformance import Host
+
+FP32, BF16, FP16 = 0, 1, 2  # maskdiff_dtype
+FLATS = ("master", "exp_avg", "exp_avg_sq", "ema", "ema2")
+NUMBERS = (0.9, 0.99, 1e-6, 0.3, 0.75, 0.25)  # as maskdiff_adamw_numbers
+
+
+class Update(ctypes.Structure):
+    """maskdiff_adamw."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (*FLATS, *"low adam_step ema_step hyper grads grad_dtypes offsets sizes decays".split())
+    ] + [(name, ctypes.c_int64) for name in ("segments", "low_size", "low_dtype")]
+
+
+class Numbers(ctypes.Structure):
+    """maskdiff_adamw_numbers."""
+
+    _fields_ = [(name, ctypes.c_double) for name in "beta1 beta2 eps weight_decay ema_decay ema2_decay".split()]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Parameters of these sizes, `gap` elements before each; every second one decays."""
+
+    sizes: tuple[int, ...]
+    gap: int = 0
+    dtypes: tuple[int, ...] = (FP32,)  # of the gradients, in turn
+    low: int = BF16
+    low_size: int = 0
+    two: bool = False  # averages
+    bound: float = 0.5
+    bad: float | None = None  # the last gradient's last element
+
+    @property
+    def offsets(self) -> list[int]:
+        return [sum(self.sizes[:i]) + self.gap * (i + 1) for i in range(len(self.sizes))]
+
+    @property
+    def total(self) -> int:
+        return self.offsets[-1] + self.sizes[-1]
+
+    def flats(self) -> dict[str, np.ndarray]:
+        random = np.random.default_rng(len(self.sizes))
+        values = [random.standard_normal(self.total, np.float32) for _ in FLATS]
+        return dict(zip(FLATS, [values[0], 0.1 * values[1], values[2] ** 2, *values[3:]], strict=True))
+
+    def gradients(self) -> list[np.ndarray]:
+        """float32, or bit patterns of 16; for bf16 cut off, since any value does."""
+        random, results = np.random.default_rng(self.total), []
+        for i, size in enumerate(self.sizes):
+            x, dtype = random.standard_normal(size, np.float32), self.dtypes[i % len(self.dtypes)]
+            if self.bad is not None and i == len(self.sizes) - 1:
+                x[-1] = self.bad
+            halves = x.astype(np.float16).view(np.uint16) if dtype == FP16 else (x.view(np.uint32) >> 16)
+            results.append(x if dtype == FP32 else halves.astype(np.uint16))
+        return results
+
+
+def run(library: ctypes.CDLL, case: Case, seed: int = 0) -> dict[str, np.ndarray]:
+    """The state after one update that follows three others (one of the averages'); norm [1], skipped [1]."""
+    memory, flats, gradients = Host(), case.flats(), case.gradients()
+    if not case.two:
+        del flats["ema2"]
+    arrays = flats | {
+        "low": np.full(case.low_size, 0xFFFF, np.uint16),
+        "adam_step": np.array([3], np.float32),
+        "ema_step": np.array([1], np.float32),
+    }
+    pointers = {name: memory.put(array) for name, array in arrays.items()}
+    hyper, grads = memory.put(np.array([0.02, case.bound], np.float32)), [memory.put(g) for g in gradients]
+    count = len(case.sizes)
+    dtypes, decays = ([given[i % len(given)] for i in range(count)] for given in (case.dtypes, (1, 0)))
+    tables = [(ctypes.c_int64 * count)(*values) for values in (dtypes, case.offsets, case.sizes, decays)]
+    update = Update(
+        *(pointers.get(name) for name in (*FLATS, "low", "adam_step", "ema_step")),
+        hyper,
+        *(ctypes.cast(table, ctypes.c_void_p) for table in ((ctypes.c_void_p * count)(*grads), *tables)),
+        *(count, case.low_size, case.low),
+    )
+    outputs = [memory.put(np.full(1, np.nan, np.float32)) for _ in range(2)]
+    workspace = memory.put(np.full(library.maskdiff_cuda_adamw_ema_workspace(), np.nan))
+    library.emulator_seed(ctypes.c_uint64(seed))
+    numbers = Numbers(*NUMBERS)
+    code = library.maskdiff_cuda_adamw_ema(ctypes.byref(update), ctypes.byref(numbers), *outputs, workspace, 0, None)
+    results = {name: memory.take(pointers[name], array.shape, array.dtype.type) for name, array in arrays.items()}
+    for name, output in zip(("norm", "skipped"), outputs, strict=True):
+        results[name] = memory.take(output, (1,), np.float32)
+    for used in (hyper, workspace, *grads):
+        memory.take(used, (0,), np.uint8)
+    if code:
+        raise RuntimeError(library.wrapper_error(code).decode() if code >= 1000 else f"error {code}")
+    return results
+
+
+CASES = {
+    "one": Case((1,)),
+    "odd": Case((15, 16, 17), gap=3, low_size=20, two=True),
+    "fours": Case((1024, 20, 512, 5), gap=4, dtypes=(BF16, FP32), low_size=1042),
+    "aligned": Case((16388, 32768, 12), dtypes=(FP32, BF16, FP16), low_size=49157),
+    "halves": Case((4096, 3, 700), dtypes=(BF16, FP16, FP32), low=FP16, low_size=4103, two=True),
+    "chunks": Case((16383, 1, 16385, 16384), dtypes=(FP32, BF16), low_size=49153, bound=np.inf),
+    "sums": Case((3, 40_000), gap=16, dtypes=(BF16,), low_size=40_035),
+    "many": Case((5, 8, 1) * 400, gap=1, dtypes=(FP32, BF16), low_size=6000),
+    "bad": Case((300, 17), dtypes=(BF16, FP32), low_size=10, two=True, bad=np.nan),
+}
+
+
+def main() -> None:
+    """Runs the cases named, and says so."""
+    library = ctypes.CDLL(sys.argv[1])
+    library.wrapper_error.restype = ctypes.c_char_p
+    for name in sys.argv[2:]:
+        run(library, CASES[name], 3)
+        print(f"ran {name}")
+
+
+if __name__ == "__main__":
+    main()

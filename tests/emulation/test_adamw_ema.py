@@ -1,0 +1,127 @@
+"""adamw_ema's CUDA kernels, emulated: against the fp64 truth, in any order of threads, sanitized, compiled for GPUs."""
+
+import ctypes
+import re
+
+import adamw_cases
+import emulate
+import numpy as np
+import pytest
+import torch
+from adamw_cases import BF16, CASES, FLATS, FP16, FP32, Case
+from torch import Tensor
+
+from maskdiff_kernels import library as libraries
+from maskdiff_kernels.ops.adamw_ema import cuda, reference
+from maskdiff_kernels.ops.adamw_ema.state import Update
+
+pytestmark = pytest.mark.skipif(bool(emulate.no_emulator()), reason=emulate.no_emulator())
+SOURCES = [emulate.HERE / "wrappers.cu", emulate.ROOT / "csrc" / "cuda" / "adamw_ema.cu"]
+DTYPES = {FP32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
+MOST_REGISTERS = 64  # 32 warps on a multiprocessor
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return emulate.load(emulate.build("adamw_ema", SOURCES))
+
+
+def gradients(case: Case) -> list[Tensor]:
+    dtypes = [DTYPES[case.dtypes[i % len(case.dtypes)]] for i in range(len(case.sizes))]
+    bits = [torch.from_numpy(g.view(np.int16) if g.dtype == np.uint16 else g) for g in case.gradients()]
+    return [x if dtype == torch.float32 else x.view(dtype) for x, dtype in zip(bits, dtypes, strict=True)]
+
+
+def update(case: Case, dtype: torch.dtype) -> Update:
+    """The case as the op's implementations take it, masters in `dtype`."""
+    flats = {name: torch.from_numpy(flat).to(dtype) for name, flat in case.flats().items()}
+    if not case.two:
+        flats["ema2"] = None
+    low = torch.full((case.low_size,), 7.0, dtype=DTYPES[case.low]) if case.low_size else None
+    decays = [i % 2 == 0 for i in range(len(case.sizes))]
+    counts, hyper = (torch.tensor(3.0), torch.tensor(1.0)), torch.tensor([0.02, case.bound])
+    layout = (case.offsets, list(case.sizes), decays)
+    return Update(*flats.values(), low, *counts, *layout, gradients(case), hyper, *adamw_cases.NUMBERS)
+
+
+def parts(case: Case, flat: Tensor) -> Tensor:
+    return torch.cat([flat[o : o + n] for o, n in zip(case.offsets, case.sizes, strict=True)])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(library, name: str):
+    """Errors at most twice those of the reference in float32, plus one rounding; the same bits in any order of threads;
+    nothing between parameters or after the copy's end is written."""
+    case = CASES[name]
+    got = adamw_cases.run(library, case)
+    for seed in (1, 2):
+        for key, again in adamw_cases.run(library, case, seed).items():
+            np.testing.assert_array_equal(got[key].view(np.uint8), again.view(np.uint8), key)
+    truth, plain = update(case, torch.float64), update(case, torch.float32)
+    (norm, skipped), _ = reference.run(truth), reference.run(plain)
+    assert got["skipped"][0] == skipped == float(case.bad is not None)
+    assert got["adam_step"][0] == truth.adam_step and got["ema_step"][0] == truth.ema_step
+    assert (
+        norm.isnan() if skipped else abs(got["norm"][0] - norm) <= 4 * 2**-24 * norm
+    )  # squares by fours, then doubles
+    hole = np.ones(case.total, bool)
+    for offset, size in zip(case.offsets, case.sizes, strict=True):
+        hole[offset : offset + size] = False
+    for flat, before in case.flats().items():
+        if flat not in got:
+            continue
+        np.testing.assert_array_equal(got[flat][hole | bool(skipped)], before[hole | bool(skipped)])
+        exact = parts(case, getattr(truth, flat))
+        error, peer = (
+            (parts(case, x).double() - exact).abs().max() for x in (torch.from_numpy(got[flat]), getattr(plain, flat))
+        )
+        print(f"{flat}: error {error:.2e}, PyTorch's {peer:.2e}")
+        assert error <= 2 * peer + 2**-23 * exact.abs().max(), flat
+    written = ~hole[: case.low_size] & (not skipped)
+    low = torch.from_numpy(got["low"].view(np.int16)).view(DTYPES[case.low])
+    rounded = torch.from_numpy(got["master"])[: case.low_size].to(low.dtype)
+    assert torch.equal(low[written], rounded[written]) and (got["low"][~written] == 0xFFFF).all()
+
+
+def test_entry_refuses(library):
+    for change, code in (({"low": FP32}, 3), ({"low": 9}, 3), ({"dtypes": (4,)}, 3)):
+        with pytest.raises(RuntimeError, match=f"error {code}"):
+            adamw_cases.run(library, Case((5,), low_size=2, **change))
+
+
+def test_binding(library, monkeypatch, poisoned):
+    """cuda.py on CPU tensors, by the emulated library: the same bits as the direct call; gradients of any alignment."""
+    monkeypatch.setattr(library, "maskdiff_cuda_error_text", library.wrapper_error, raising=False)
+    monkeypatch.setattr(libraries, "cuda", lambda: library)
+    for case in (CASES["halves"], CASES["fours"]):
+        direct = adamw_cases.run(library, case)
+        for shift in (0, 1, 2):
+            given = update(case, torch.float32)
+            moved = [torch.cat((g.new_zeros(shift), g))[shift:] for g in given.grads]
+            norm, skipped = cuda.run(given._replace(grads=moved))
+            assert skipped == 0
+            torch.testing.assert_close(norm, torch.from_numpy(direct["norm"])[0], rtol=4 * 2**-24, atol=0)
+            for name in FLATS[: 5 if case.two else 4]:
+                torch.testing.assert_close(getattr(given, name), torch.from_numpy(direct[name]), rtol=1e-6, atol=1e-7)
+                assert shift or torch.equal(getattr(given, name), torch.from_numpy(direct[name]))
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "names"),
+    [("address", CASES), ("thread", ("odd", "fours", "bad"))],
+)
+def test_sanitized(sanitizer: str, names):
+    built = emulate.build("adamw_ema", SOURCES, sanitizer)
+    done = emulate.run_sanitized(sanitizer, adamw_cases.__file__, str(built), *names)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == [word for name in names for word in ("ran", name)]
+
+
+@pytest.mark.skipif(bool(emulate.no_nvcc()), reason=emulate.no_nvcc())
+def test_compiles_for_every_gpu():
+    """No stack, no spills (errors of the build), and few enough registers for 32 warps on a multiprocessor."""
+    built = emulate.build_for_gpus("adamw_ema", [emulate.ROOT / "csrc/cuda/adamw_ema.cu"])
+    usage = re.findall(r"(\d+) bytes stack frame.*\n.*Used (\d+) registers", built.with_suffix(".txt").read_text())
+    assert len(usage) == len(emulate.ARCHS) * 2  # the norm, the update
+    assert {int(stack) for stack, _ in usage} == {0}
+    assert max(int(registers) for _, registers in usage) <= MOST_REGISTERS, usage
