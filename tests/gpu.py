@@ -137,12 +137,15 @@ def conformance(session: Session, arch: int) -> tuple[str, str]:
     return FAILED, "; ".join(wrong) or "it did not come to an end"
 
 
-def op_tests(session: Session) -> tuple[str, str]:
+OTHERS, TRITON = "(on-cuda or on_cuda) and not triton", "triton-on-cuda or on_a_gpu"  # of the op tests
+
+
+def op_tests(session: Session, which: str) -> tuple[str, str]:
     """tests/ops on CUDA tensors, by every implementation that can run."""
     files = [ROOT / "tests" / "ops" / f"test_{op}.py" for op in dispatch._OPS]
     files += [ROOT / "tests" / "ops" / f"test_{name}.py" for name in ("interface", "registration")]
     files += sorted((ROOT / "tests" / "ops").glob("test_*_triton.py"))
-    command = (sys.executable, "-m", "pytest", "-q", "-k", "on-cuda or on_cuda or on_a_gpu", *files)
+    command = (sys.executable, "-m", "pytest", "-q", "-k", which, *files)
     result, said = session.checked(*command, CUBLAS_WORKSPACE_CONFIG=":4096:8")
     return (result, said) if " passed" in said else (FAILED, f"no test ran: {said}")
 
@@ -188,9 +191,10 @@ def main() -> int:
     if session.step("build", lambda: build(session, arch)) and session.step(
         "conformance of ptx.cuh", lambda: conformance(session, arch)
     ):
-        session.step("op tests on CUDA tensors", lambda: op_tests(session))
+        session.step("op tests on CUDA tensors", lambda: op_tests(session, OTHERS))
         for tool in ("memcheck", "racecheck", "initcheck"):
             session.step(f"compute-sanitizer {tool}", lambda tool=tool: sanitized(session, tool))
+        session.step("op tests on CUDA tensors, Triton", lambda: op_tests(session, TRITON))  # compiles long, once
     return session.summary()
 
 

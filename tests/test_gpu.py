@@ -105,18 +105,25 @@ def test_no_test_is_no_success(monkeypatch):
     session = gpu.Session(1)
     for said, result in (("174 skipped, 655 deselected in 4.80s", gpu.FAILED), ("3 passed, 1 skipped", gpu.OK)):
         monkeypatch.setattr(session, "checked", lambda *c, said=said, **env: (gpu.OK, said))
-        assert gpu.op_tests(session)[0] == result
+        assert gpu.op_tests(session, gpu.OTHERS)[0] == result
 
 
 def test_the_op_tests_that_a_gpu_runs_are_found():
-    session = gpu.Session(2)
-    status, printed = session.command(
-        sys.executable, "-m", "pytest", "-q", "--collect-only", "-k", "on-cuda or on_cuda", HERE / "ops"
+    """None of them twice; Triton's, which compile for long, by themselves."""
+    session, found = gpu.Session(2), []
+    for which in (gpu.OTHERS, gpu.TRITON):
+        command = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-k", which, HERE / "ops")
+        status, printed = session.command(*command)
+        assert status == 0
+        found.append({line for line in printed.splitlines() if "::" in line})
+    others, triton = found
+    for op in ("attention", "draw_batch", "noisy_patches", "denoising_loss", "registration"):
+        assert any(f"tests/ops/test_{op}.py::" in line and "reference-on-cuda" in line for line in others)
+    assert any("cuda-on-cuda" in line for line in others) and any(
+        "test_counted_words_on_cuda" in line for line in others
     )
-    assert status == 0
-    for op in ("attention", "draw_batch", "noisy_patches", "denoising_loss"):
-        assert f"tests/ops/test_{op}.py::" in printed
-    assert "cuda-on-cuda" in printed and "reference-on-cuda" in printed and "test_counted_words_on_cuda" in printed
+    assert others & triton == set() and all("triton" in line for line in triton)
+    assert any("test_attention.py" in line for line in triton) and any("test_on_a_gpu" in line for line in triton)
 
 
 def test_a_wrong_wrapper_is_named(monkeypatch, capsys):
