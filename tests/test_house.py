@@ -112,7 +112,7 @@ import maskdiff_kernels, maskdiff.bench, maskdiff.doctor, maskdiff.step, maskdif
 
 def test_timing_kernels_needs_pytorch_alone(tmp_path):
     """A bare machine with a GPU has PyTorch, Triton and NumPy."""
-    absent = sorted(HEAVY - {"triton"} | {"tyro", "scipy", "pytest", "pytest_benchmark", "safetensors", "PIL", "tqdm"})
+    absent = sorted(HEAVY | {"tyro", "scipy", "pytest", "pytest_benchmark", "safetensors", "PIL", "tqdm"})
     code = f"""
 import runpy, sys
 for name in {absent!r}:

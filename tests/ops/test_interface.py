@@ -94,7 +94,7 @@ def test_unknown_level_in_the_environment(monkeypatch):
 PROGRAM = """
 import hashlib, json, sys, torch
 import maskdiff_kernels as mk
-heavy = {"torchmetrics", "diffusers", "sklearn", "tyro", "matplotlib", "scipy", "maskdiff"} & set(sys.modules)
+heavy = {"triton", "torchmetrics", "diffusers", "sklearn", "tyro", "matplotlib", "scipy", "maskdiff"} & set(sys.modules)
 seed, store = torch.tensor([3]), mk.Store(torch.arange(7 * 256 * 48).view(7, 256, 48).byte(), (16, 16), 4)
 digests = []
 for counts in ((100,), (1, 256, 30, 9)):

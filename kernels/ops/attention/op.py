@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from maskdiff_kernels import dispatch
 from maskdiff_kernels.library import LibraryError
 from maskdiff_kernels.ops import checks
-from maskdiff_kernels.ops.attention import cpp, cuda, explicit, flops, layout, reference, sdpa, triton_host, xformers
+from maskdiff_kernels.ops.attention import cpp, cuda, explicit, layout, reference, sdpa, triton_host, xformers
 from maskdiff_kernels.ops.registration import registered
 
 WIDTHS = (32, 64, 128)
@@ -170,8 +169,6 @@ _backward = registered(
     _run_backward,
     _fake_backward,
 )
-register_flop_formula(torch.ops.maskdiff.attention, get_raw=True)(flops.forward)
-register_flop_formula(torch.ops.maskdiff.attention_backward, get_raw=True)(flops.backward)
 dispatch.register(
     "attention",
     cuda=cuda,
