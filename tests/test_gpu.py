@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import adamw_cases
 import attention_cases
 import conformance
 import emulate
-import numpy as np
 import pytest
 import torch
 
@@ -46,7 +46,7 @@ def test_commands(capfd):
     assert status is None and short.checked(sys.executable, "-c", "import time; time.sleep(60)")[0] == gpu.FAILED
 
 
-RAN = "".join(f"ran {name}\n" for name in gpu.SANITIZED)
+RAN = "".join(f"ran {name}\n" for name in range(7))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ RAN = "".join(f"ran {name}\n" for name in gpu.SANITIZED)
     ],
 )
 def test_verdicts_of_the_sanitizer(status, printed, result, said):
-    got = gpu.verdict(status, printed)
+    got = gpu.verdict(status, printed, 7)
     assert got[0] == result and got[1].startswith(said)
 
 
@@ -105,18 +105,25 @@ def test_no_test_is_no_success(monkeypatch):
     session = gpu.Session(1)
     for said, result in (("174 skipped, 655 deselected in 4.80s", gpu.FAILED), ("3 passed, 1 skipped", gpu.OK)):
         monkeypatch.setattr(session, "checked", lambda *c, said=said, **env: (gpu.OK, said))
-        assert gpu.op_tests(session)[0] == result
+        assert gpu.op_tests(session, gpu.OTHERS)[0] == result
 
 
 def test_the_op_tests_that_a_gpu_runs_are_found():
-    session = gpu.Session(2)
-    status, printed = session.command(
-        sys.executable, "-m", "pytest", "-q", "--collect-only", "-k", "on-cuda or on_cuda", HERE / "ops"
+    """None of them twice; Triton's, which compile for long, by themselves."""
+    session, found = gpu.Session(2), []
+    for which in (gpu.OTHERS, gpu.TRITON):
+        command = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-k", which, HERE / "ops")
+        status, printed = session.command(*command)
+        assert status == 0
+        found.append({line for line in printed.splitlines() if "::" in line})
+    others, triton = found
+    for op in ("attention", "draw_batch", "noisy_patches", "denoising_loss", "registration"):
+        assert any(f"tests/ops/test_{op}.py::" in line and "reference-on-cuda" in line for line in others)
+    assert any("cuda-on-cuda" in line for line in others) and any(
+        "test_counted_words_on_cuda" in line for line in others
     )
-    assert status == 0
-    for op in ("attention", "draw_batch", "noisy_patches", "denoising_loss"):
-        assert f"tests/ops/test_{op}.py::" in printed
-    assert "cuda-on-cuda" in printed and "reference-on-cuda" in printed and "test_counted_words_on_cuda" in printed
+    assert others & triton == set() and all("triton" in line for line in triton)
+    assert any("test_attention.py" in line for line in triton) and any("test_on_a_gpu" in line for line in triton)
 
 
 def test_a_wrong_wrapper_is_named(monkeypatch, capsys):
@@ -133,20 +140,25 @@ def test_a_wrong_wrapper_is_named(monkeypatch, capsys):
     assert "copies as the table says (copy_async16" in out
 
 
-class Card(attention_cases.Host):
-    """Memory that is not Host."""
-
-
 @needs_emulator
-def test_cases_by_another_memory():
-    built = emulate.build("attention", [emulate.HERE / "wrappers.cu", emulate.ROOT / "csrc" / "cuda" / "attention.cu"])
-    loaded = emulate.load(built)
-    for name in gpu.SANITIZED[:2]:
-        case = attention_cases.CASES[name]
-        for here, there in zip(
-            attention_cases.run(loaded, case), attention_cases.run(loaded, case, on=Card), strict=True
-        ):
-            np.testing.assert_array_equal(here, there)
+@pytest.mark.parametrize("op", ["attention", "adamw_ema"])
+def test_cases_as_on_a_card(monkeypatch, capsys, op):
+    """What the sanitizers run there: a library that knows no emulator, memory that is not the host's."""
+    cases = {"attention": attention_cases, "adamw_ema": adamw_cases}[op]
+    file = Path(cases.__file__).name
+    assert set(gpu.SANITIZED[file]) <= set(cases.CASES)
+
+    class Card(conformance.Host):
+        pass
+
+    sources = [emulate.HERE / "wrappers.cu", *(emulate.ROOT / "csrc" / "cuda" / f"{name}.cu" for name in (op, "info"))]
+    built, name = emulate.build(f"card-{op}", sources), gpu.SANITIZED[file][0]
+    monkeypatch.setattr(conformance, "Cuda", Card)
+    monkeypatch.setattr("sys.argv", [file, str(built), name, "--cuda"])
+    conformance.run_cases(cases.run, cases.CASES)
+    assert capsys.readouterr().out == f"ran {name}\n"
+    explain = conformance.set_up(emulate.load(built), Card, 0)
+    assert explain(1) == "error 1" and isinstance(explain(1000), str)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

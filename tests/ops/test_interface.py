@@ -211,7 +211,7 @@ def test_choice(monkeypatch):
 
 def test_the_committed_table_is_sound():
     table = dispatch.read_table((Path(dispatch.__file__).parent / "choices.json").read_text())
-    assert set(table["cpu"]) == set(table["cuda"]) == {"attention", *OPS}
+    assert set(table["cpu"]) == set(table["cuda"]) == {"adamw_ema", "attention", *OPS}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_the_committed_table_is_sound():
     [
         ({"gpu": {}}, r"got 'gpu', takes devices such as .*cuda:9\.0"),
         ({"cpu:sse9": {}}, "got 'cpu:sse9', takes devices"),
-        ({"cpu": {"sum": "cpp"}}, "cpu: got op 'sum', takes one of attention, draw_batch"),
+        ({"cpu": {"sum": "cpp"}}, "cpu: got op 'sum', takes one of adamw_ema, attention, draw_batch"),
         ({"cuda:9.0": {"draw_batch": "cpp"}}, "cuda:9.0: draw_batch: got 'cpp', takes one of reference"),
         ({"cpu": {"draw_batch": [[None, "cpp"]]}}, r'draw_batch: got \[\[null, "cpp"\]\], takes a name$'),
         ({"cpu": {"attention": [[16, "cpp"], [None, "flash"]]}}, "attention: got 'flash', takes one of cpp, sdpa"),
