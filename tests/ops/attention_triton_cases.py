@@ -27,7 +27,7 @@ LENGTHS: dict[tuple[torch.dtype, int], list[int]] = {
 if INTERPRETED:
     LENGTHS = {
         (torch.float16, 32): [2, 17, 33, 65, 129],
-        (torch.float16, 64): [1, 2, 15, 16, 17, 27, 32, 33, 49, 63, 64, 65, 100, 127, 128, 129, 257, 417],
+        (torch.float16, 64): [1, 2, 15, 16, 17, 27, 32, 33, 49, 63, 64, 65, 127, 128, 129, 257],
         (torch.float16, 128): [2, 31, 33, 64, 65, 128, 130],
         (torch.float32, 32): [1, 16, 33],
         (torch.float32, 64): [1, 2, 15, 16, 17, 27, 32, 33, 65, 129],
@@ -164,8 +164,9 @@ def test_strides(dtype=torch.float16):
             qkv, grad_out = layout.to(DEVICE), grad_out.to(DEVICE)
             got = both(attend("triton"), qkv, grad_out)
             assert same(got, both(attend("triton"), qkv.contiguous(), grad_out.contiguous()))
-        got = both(attend("triton", [17]), qkv[1], grad_out[1])
-        assert same(got, both(attend("triton", [17]), qkv[1].contiguous(), grad_out[1].contiguous()))
+        if i < 2:
+            got = both(attend("triton", [17]), qkv[1], grad_out[1])
+            assert same(got, both(attend("triton", [17]), qkv[1].contiguous(), grad_out[1].contiguous()))
 
 
 def far_apart(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
@@ -190,7 +191,7 @@ def test_offsets_beyond_32_bits(strides):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_twice(dtype):
-    for lengths in ([27] * 3, [3, 70, 0, 65, 1]):
+    for lengths in ([27, 3], [3, 0, 70]) if INTERPRETED else MIXES:
         qkv, grad_out = inputs(sum(lengths), 3, 1, 64, dtype=dtype)
         assert same(*(both(attend("triton", lengths), qkv, grad_out) for _ in range(2)))
 
@@ -199,7 +200,7 @@ def test_same_bits_twice(dtype):
 def test_opcheck(lengths):
     op, backward = torch.ops.maskdiff.attention.default, torch.ops.maskdiff.attention_backward.default
     packing = (None, None) if lengths is None else (offsets(lengths).to(DEVICE), 12)
-    qkv, _ = inputs(*((17,) if lengths else (2, 9)), 3, 4, 64)
+    qkv, _ = inputs(*((17,) if lengths else (1, 9)), 3, 2, 64)
     qkv = qkv[..., 1:, :32]
     opcheck(op, (qkv, *packing, 0.5, "triton"))
     out, lse = op(qkv, *packing, 0.5, "triton")
