@@ -32,6 +32,7 @@ COPIED = (
 TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them hang is noticed
 
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
+TRITON = ("tests/ops/test_attention_triton.py", "-k", "interpreter")
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
@@ -154,6 +155,43 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "kernels/ops/attention/triton_kernel.py",
+        TRITON,
+        (
+            (
+                'return tl.where(there, _dot(a, tl.trans(b)) * factor, float("-inf"))',
+                "return _dot(a, tl.trans(b)) * factor",
+            ),
+            ("factor, (key + keys < length)[None, :])", "factor, (keys < length)[None, :])"),
+            ("most * UNIT + tl.log2(total) * LN_2", "(most + tl.log2(total)) * LN_2"),
+            ("total = total * shrink + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"),
+            (
+                "for key in range(0, length, STEP):\n            keys =",
+                "for key in range(STEP, length, STEP):\n            keys =",
+            ),
+            ("grad_k * scale", "grad_k"),
+            ("begin + tl.arange(0, BLOCK) < length)[:, None]", "begin + tl.arange(0, BLOCK) <= length)[:, None]"),
+            (
+                "tl.store(at, x.to(start.dtype.element_ty), mask=(rows < length)[:, None])",
+                "tl.store(at, x.to(start.dtype.element_ty))",
+            ),
+            ("lse + head.to(tl.int64) * tokens + first\n", "lse + head.to(tl.int64) * length + first\n"),
+            ("tl.sum(p * grad_p, 0) if ONE", "tl.sum(p * grad_p, 0) * 0.99 if ONE"),
+            (
+                "    at = start + rows.to(tl.int64)[:, None] * token_stride + columns[None, :]\n    return",
+                "    at = start + rows[:, None] * token_stride + columns[None, :]\n    return",
+            ),
+        ),
+    ),
+    (
+        "kernels/ops/attention/triton_host.py",
+        TRITON,
+        (
+            ("(0, grad_out.stride(0))", "(0, qkv.shape[-1] * qkv.shape[-2])"),
+            ("if length <= most)", "if length < most + 2)"),
+        ),
+    ),
+    (
         "csrc/cpu/entry.cpp",
         ("tests/test_library.py", "-k", "libgomp"),
         (("return MASKDIFF_SOURCE_VERSION;", 'return "0";'),),
@@ -233,6 +271,41 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("a[g + 8 * (i % 2)][c + h + 8 * (i / 2)]", "a[g + 8 * (i / 2)][c + h + 8 * (i % 2)]"),
             ("transposed ? l / 4 :", "!transposed ? l / 4 :"),
+        ),
+    ),
+    (
+        "kernels/dispatch.py",
+        ("tests/ops/test_interface.py", "-k", "table or length or choice"),
+        (
+            ("if length <= most)", "if length < most)"),
+            ("if any(a >= b for a, b in zip([0, *most]", "if any(a > b for a, b in zip([0, *most]"),
+            ("for key in (device_key(device), device.type)", "for key in (device.type,)"),
+        ),
+    ),
+    (
+        "benchmarks/records.py",
+        ("tests/test_gpu_kernels.py",),
+        (
+            ("there / here for there, here", "here / there for there, here"),
+            ("[old for old in self.rows if _place(old) != _place(row)]", "self.rows"),
+        ),
+    ),
+    (
+        "benchmarks/gpu_kernels.py",
+        ("tests/test_gpu_kernels.py",),
+        (
+            ("if said := judge(captured.result):", "if said := judge(call()):"),
+            ("return 1 if runner.wrong else 0", "return 0"),
+            ('or not rows[name]["error"]]', "]"),
+        ),
+    ),
+    (
+        "benchmarks/choices.py",
+        ("tests/test_gpu_kernels.py",),
+        (
+            ("set.intersection(*(", "set.union(*("),
+            ('if row["shape"]["backward"]:', "if True:"),
+            ("    if options.write:\n", "    if True:\n"),
         ),
     ),
     (

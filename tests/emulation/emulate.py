@@ -30,12 +30,12 @@ def build(name: str, sources: list[Path], sanitizer: str = "") -> Path:
     return _compile(f"{name}-{sanitizer or 'plain'}", command)
 
 
-def build_for_gpus(name: str, sources: list[Path]) -> Path:
-    """The same for every GPU architecture; the assembler's report stands beside it (.txt).
+def build_for_gpus(name: str, sources: list[Path], archs: tuple[int, ...] = ARCHS) -> Path:
+    """The same for GPUs of some architectures; the assembler's report stands beside it (.txt).
 
     Spilled registers, stack in a kernel and any warning are errors.
     """
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     strict = ["-Werror=all-warnings", "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"]
     flags = ["-O3", "-std=c++17", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
     command = ["nvcc", *codes, *flags, *strict, f"-I{ROOT / 'csrc'}", "-DISA=cuda", *DEFINES, *map(str, sources)]
