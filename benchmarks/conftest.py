@@ -22,13 +22,13 @@ import pytest
 import records
 import torch
 
+import maskdiff_kernels as mk
 from maskdiff import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 ROUNDS = 15
 LONG = 4.0  # seconds: a case whose rounds would take longer than this gets fewer, at least 3
-OURS = ("cpp", "reference", "sdpa", "explicit")  # backends of ops, not peers
 
 
 @dataclass
@@ -145,7 +145,7 @@ def in_turns(benchmark, kept, base, revisions, request: pytest.FixtureRequest) -
         one_round = sum(max(clock.length, clock.once(call, CPU)) for call in calls.values())
         rounds, warm = max(3, min(ROUNDS, int(LONG / one_round))), 2 if one_round < 1 else 0
         samples = measure.interleaved(calls, rounds, CPU, clock=clock, warm=warm)
-        peers = [name for name in names if name not in OURS]
+        peers = [name for name in names if name not in mk.backends(op)]
         rows = records.timed(fixed or records.fixed(op, case), samples, peers, {unit: work}, copied)
         lines = []
         if revisions and "cpp" in names:

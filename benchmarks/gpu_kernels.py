@@ -134,7 +134,7 @@ def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
 
 OPS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "attention": attention,
-    **{op: from_bench_file(op) for op in ("noisy_patches", "denoising_loss", "draw_batch", "adamw_ema")},
+    **{op: from_bench_file(op) for op in ("adamw_ema", "noisy_patches", "denoising_loss", "draw_batch")},
 }
 
 

@@ -1,7 +1,7 @@
 """`python tests/gpu.py` (make gpu-test): what has to hold on a machine with a GPU, in order, with a summary.
 
 The CUDA library is built for the GPU present, unless a fresh one is there; every wrapper of ptx.cuh is held to the PTX
-ISA's tables; then the op tests run on CUDA tensors, and attention's kernels under compute-sanitizer, where tool and
+ISA's tables; then the op tests run on CUDA tensors, and the kernels under compute-sanitizer, where tool and
 driver allow it. Needs PyTorch, NumPy, pytest, CMake and nvcc, and maskdiff_kernels on the path; nothing is installed.
 """
 
@@ -22,7 +22,10 @@ from maskdiff_kernels.source_version import LIBRARIES
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests" / "emulation"
-SANITIZED = ("short", "half", "three", "middle", "ragged", "strided", "nine")  # of attention_cases.py
+SANITIZED = {
+    "attention_cases.py": ("short", "half", "three", "middle", "ragged", "strided", "nine"),
+    "adamw_cases.py": ("odd", "fours", "aligned", "chunks", "many"),
+}
 FOUND = 99  # what compute-sanitizer ends with where it found something
 REFUSALS = ("not supported", "Unable to", "LibraryNotLoaded", "error 999", "Failed to initialize")  # the driver's
 OK, FAILED, NOT_RUN = "ok", "FAILED", "not run"
@@ -150,26 +153,26 @@ def op_tests(session: Session, which: str) -> tuple[str, str]:
     return (result, said) if " passed" in said else (FAILED, f"no test ran: {said}")
 
 
-def sanitized(session: Session, tool: str) -> tuple[str, str]:
-    """Attention's kernels at a few small shapes, every buffer an allocation of its own."""
+def sanitized(session: Session, tool: str, file: str) -> tuple[str, str]:
+    """An op's kernels at a few small shapes, every buffer an allocation of its own."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         return NOT_RUN, "no compute-sanitizer"
-    cases = (EMULATION / "attention_cases.py", LIBRARIES / "libmaskdiff_cuda.so", *SANITIZED, "--cuda")
+    cases = (EMULATION / file, LIBRARIES / "libmaskdiff_cuda.so", *SANITIZED[file], "--cuda")
     status, printed = session.command(
         sanitizer, "--tool", tool, "--error-exitcode", FOUND, sys.executable, *cases, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
     )
-    return verdict(status, printed)
+    return verdict(status, printed, len(SANITIZED[file]))
 
 
-def verdict(status: int | None, printed: str) -> tuple[str, str]:
+def verdict(status: int | None, printed: str, cases: int) -> tuple[str, str]:
     """What a run of compute-sanitizer says: nothing found, something found, or that it could not look."""
     lines = printed.rstrip().splitlines() or [""]
     ran = sum(line.startswith("ran ") for line in lines)
-    if status == 0 and ran == len(SANITIZED):
+    if status == 0 and ran == cases:
         return OK, f"nothing found in {ran} cases"
     if status is None:
-        return NOT_RUN, f"no end in time, after {ran} of {len(SANITIZED)} cases"
+        return NOT_RUN, f"no end in time, after {ran} of {cases} cases"
     refusal = next((line for line in lines for word in REFUSALS if word in line), None)
     if refusal is not None and ran == 0:
         return NOT_RUN, f"refused here: {refusal.strip('= ')}"
@@ -193,7 +196,10 @@ def main() -> int:
     ):
         session.step("op tests on CUDA tensors", lambda: op_tests(session, OTHERS))
         for tool in ("memcheck", "racecheck", "initcheck"):
-            session.step(f"compute-sanitizer {tool}", lambda tool=tool: sanitized(session, tool))
+            for file in SANITIZED:
+                session.step(
+                    f"compute-sanitizer {tool} {file}", lambda tool=tool, file=file: sanitized(session, tool, file)
+                )
         session.step("op tests on CUDA tensors, Triton", lambda: op_tests(session, TRITON))  # compiles long, once
     return session.summary()
 

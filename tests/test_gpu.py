@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import adamw_cases
 import attention_cases
 import conformance
 import emulate
-import numpy as np
 import pytest
 import torch
 
@@ -46,7 +46,7 @@ def test_commands(capfd):
     assert status is None and short.checked(sys.executable, "-c", "import time; time.sleep(60)")[0] == gpu.FAILED
 
 
-RAN = "".join(f"ran {name}\n" for name in gpu.SANITIZED)
+RAN = "".join(f"ran {name}\n" for name in range(7))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ RAN = "".join(f"ran {name}\n" for name in gpu.SANITIZED)
     ],
 )
 def test_verdicts_of_the_sanitizer(status, printed, result, said):
-    got = gpu.verdict(status, printed)
+    got = gpu.verdict(status, printed, 7)
     assert got[0] == result and got[1].startswith(said)
 
 
@@ -140,20 +140,25 @@ def test_a_wrong_wrapper_is_named(monkeypatch, capsys):
     assert "copies as the table says (copy_async16" in out
 
 
-class Card(attention_cases.Host):
-    """Memory that is not Host."""
-
-
 @needs_emulator
-def test_cases_by_another_memory():
-    built = emulate.build("attention", [emulate.HERE / "wrappers.cu", emulate.ROOT / "csrc" / "cuda" / "attention.cu"])
-    loaded = emulate.load(built)
-    for name in gpu.SANITIZED[:2]:
-        case = attention_cases.CASES[name]
-        for here, there in zip(
-            attention_cases.run(loaded, case), attention_cases.run(loaded, case, on=Card), strict=True
-        ):
-            np.testing.assert_array_equal(here, there)
+@pytest.mark.parametrize("op", ["attention", "adamw_ema"])
+def test_cases_as_on_a_card(monkeypatch, capsys, op):
+    """What the sanitizers run there: a library that knows no emulator, memory that is not the host's."""
+    cases = {"attention": attention_cases, "adamw_ema": adamw_cases}[op]
+    file = Path(cases.__file__).name
+    assert set(gpu.SANITIZED[file]) <= set(cases.CASES)
+
+    class Card(conformance.Host):
+        pass
+
+    sources = [emulate.HERE / "wrappers.cu", *(emulate.ROOT / "csrc" / "cuda" / f"{name}.cu" for name in (op, "info"))]
+    built, name = emulate.build(f"card-{op}", sources), gpu.SANITIZED[file][0]
+    monkeypatch.setattr(conformance, "Cuda", Card)
+    monkeypatch.setattr("sys.argv", [file, str(built), name, "--cuda"])
+    conformance.run_cases(cases.run, cases.CASES)
+    assert capsys.readouterr().out == f"ran {name}\n"
+    explain = conformance.set_up(emulate.load(built), Card, 0)
+    assert explain(1) == "error 1" and isinstance(explain(1000), str)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

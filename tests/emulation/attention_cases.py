@@ -7,11 +7,10 @@ need it; it imports nothing but NumPy. With --cuda the library is the one for GP
 """
 
 import ctypes
-import sys
 from dataclasses import dataclass
 
 import numpy as np
-from conformance import Cuda, Host
+from conformance import Cuda, Host, run_cases, set_up
 
 BF16, FP16 = 1, 2  # maskdiff_dtype
 DENSE = (0, 1, 2, 3, 4)
@@ -50,12 +49,6 @@ class Case:
         return halves(qkv, self.dtype), halves(gradient, self.dtype)
 
 
-def _error_text(library: ctypes.CDLL, on: type):
-    text = library.wrapper_error if on is Host else library.maskdiff_cuda_error_text
-    text.restype = ctypes.c_char_p
-    return text
-
-
 def halves(x: np.ndarray, dtype: int) -> np.ndarray:
     """Bit patterns; for bf16 cut off, since any value does."""
     return x.astype(np.float16).view(np.uint16) if dtype == FP16 else (x.view(np.uint32) >> 16).astype(np.uint16)
@@ -86,8 +79,7 @@ def run(
     out = memory.put(np.full((tokens, heads * width), 0xFFFF, np.uint16))
     lse = memory.put(np.full((heads, tokens), np.nan, np.float32))
     grad_qkv = memory.put(np.full(qkv.shape, 0xFFFF, np.uint16))
-    if on is Host:
-        library.emulator_seed(ctypes.c_uint64(seed))
+    explain = set_up(library, on, seed)
     code = getattr(library, prefix)(given, scale, out, lse, 0, None)
     if not code:
         strides = [ctypes.c_int64(wide.strides[axis] // 2) for axis in (0, 1)]
@@ -100,7 +92,7 @@ def run(
         memory.take(grad_qkv, qkv.shape, np.uint16),
     )
     if code:
-        raise RuntimeError(_error_text(library, on)(code).decode())
+        raise RuntimeError(explain(code))
     return results
 
 
@@ -123,16 +115,5 @@ CASES = {
 }
 
 
-def main() -> None:
-    """Runs the cases named, and says so."""
-    library, *words = sys.argv[1:]
-    entry = next((word.removeprefix("--entry=") for word in words if word.startswith("--entry=")), None)
-    on = Cuda if "--cuda" in words else Host
-    for name in words:
-        if not name.startswith("--"):
-            run(ctypes.CDLL(library), CASES[name], 3, entry or "maskdiff_cuda_attention", on)
-            print(f"ran {name}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run, CASES)

@@ -58,6 +58,28 @@ class Cuda:
         return tensor.cpu().numpy().view(dtype).reshape(shape)  # type: ignore[attr-defined]
 
 
+def set_up(library: ctypes.CDLL, on: type[Host] | type[Cuda], seed: int) -> Callable[[int], str]:
+    """Seeds the emulator's scheduler, if that is where kernels run; returns what explains an entry's error code."""
+    if on is not Cuda:
+        library.emulator_seed(ctypes.c_uint64(seed))
+    text = library.maskdiff_cuda_error_text if on is Cuda else library.wrapper_error
+    text.restype = ctypes.c_char_p
+    return lambda code: text(code).decode() if code >= 1000 else f"error {code}"
+
+
+def run_cases(run: Callable[..., object], cases: dict[str, object]) -> None:
+    """The main program of a file of cases: LIBRARY CASE [CASE ...] [--entry=NAME] [--cuda]."""
+    library, *words = sys.argv[1:]
+    options: dict[str, object] = {"on": Cuda if "--cuda" in words else Host}
+    for word in words:
+        if word.startswith("--entry="):
+            options["prefix"] = word.removeprefix("--entry=")
+    for name in words:
+        if not name.startswith("--"):
+            run(ctypes.CDLL(library), cases[name], 3, **options)
+            print(f"ran {name}", flush=True)
+
+
 class Checks:
     """One method a wrapper; each raises AssertionError at the first difference."""
 

@@ -90,7 +90,7 @@ class Plain:
         self.optimizer = torch.optim.AdamW(groups, betas=NUMBERS["betas"], eps=NUMBERS["eps"], foreach=False)
         for i, p in enumerate(self.params):
             moments = {name: cut[name][i] for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {"step": torch.tensor(float(state.adam_step), device="cpu"), **moments}
+            self.optimizer.state[p] = {"step": state.adam_step.to("cpu", copy=True), **moments}
         self.emas = {"ema": cut["ema"], "ema2": cut["ema2"]}
 
     def step(self, grads: list[Tensor], hyper: Tensor) -> Tensor:
