@@ -90,8 +90,8 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "csrc/cpu/adamw_ema.cpp",
         ADAMW,
         (
-            ("i + 16 <= count", "i + 16 < count + 16"),
-            ("lanes += x * x;", "lanes = x * x;"),
+            ("sums[v] += y * y;", "sums[v] = y * y;"),
+            ("left >= 8;", "left > 8;"),
             ("at - offset, count, buffer", "0, count, buffer"),
             ("low < count ? low : count", "count"),
             ("c >= chunks * part / parts", "c > chunks * part / parts"),

@@ -17,7 +17,7 @@ from maskdiff_kernels.ops.adamw_ema.state import Update, flatten
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NUMBERS = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.3, "ema_decay": 0.75, "ema2_decay": 0.25}
 FLATS = ("master", "exp_avg", "exp_avg_sq", "ema", "ema2")
-SIZES = [(1,), (15, 16, 17), (1, 512, 511, 513, 7), (16383, 16384, 16385, 3), (1_000_003,)]
+SIZES = [(1,), (15, 16, 17), (1, 512, 511, 513, 7), (4095, 4096, 4097), (16383, 16384, 16385, 3), (1_000_003,)]
 BOUNDS = (math.inf, 0.5, 1e6, 0.1, 3.0)  # of each step: none, reached or not
 
 
@@ -136,8 +136,8 @@ def test_against_float64(implementation, sizes, low):
         plain.step(grads, numbers)
         norm, skipped = mk.adamw_ema(state, grads, numbers, **NUMBERS, backend=implementation)
         assert norm.dtype == skipped.dtype == FP32 and norm.shape == skipped.shape == () and skipped == 0
-        terms = min(sum(sizes), 32 if implementation == "cpp" else 2**30)  # that float32 adds up one after another
-        assert abs(norm - exact_norm) <= (terms / 2 + 2) * 2**-24 * exact_norm
+        roundings = 70 if implementation == "cpp" else sum(sizes)  # of a square's way into the sum, in float32
+        assert abs(norm - exact_norm) <= (roundings / 2 + 1) * 2**-24 * exact_norm
         for (name, exact), peer in zip(truth.flats().items(), plain.flats().values(), strict=True):
             error, peer_error = ((x.double() - exact).abs().max() for x in (parts(state, getattr(state, name)), peer))
             print(f"{step} {name}: {error:.2e}, plain PyTorch {peer_error:.2e}")
@@ -147,7 +147,7 @@ def test_against_float64(implementation, sizes, low):
             assert torch.equal(state.low, state.master[: len(state.low)].to(low)) or state.master.isnan().any()
 
 
-@pytest.mark.parametrize("sizes", SIZES[:3])
+@pytest.mark.parametrize("sizes", SIZES[:4])
 def test_the_reference_in_float64_is_plain_adamw(sizes):
     state = make(sizes)
     mine, plain = clone(state, torch.float64), Plain(state, torch.float64)
