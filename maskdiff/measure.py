@@ -28,10 +28,13 @@ class LongClock:
         self.took: dict[Callable[[], object], float] = {}
 
     def once(self, call: Callable[[], object], device: torch.device) -> float:
-        """Seconds of one of a call's first runs: the second, which loads nothing any more, unless that takes long."""
+        """Seconds of a call's first runs: the fastest of four, since the first ones load and settle; of a long call one.
+
+        An estimate too high would mean few repeats, and so times with nothing in the caches.
+        """
         if call not in self.took:
             took = seconds(call, device)
-            self.took[call] = took if took > 0.1 else seconds(call, device)
+            self.took[call] = took if took > 0.1 else min(took, *(seconds(call, device) for _ in range(3)))
         return self.took[call]
 
     def __call__(self, call: Callable[[], object], device: torch.device) -> Callable[[], float]:
