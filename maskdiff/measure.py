@@ -28,10 +28,7 @@ class LongClock:
         self.took: dict[Callable[[], object], float] = {}
 
     def once(self, call: Callable[[], object], device: torch.device) -> float:
-        """Seconds of a call's first runs: the fastest of four, since the first ones load and settle; of a long call one.
-
-        An estimate too high would mean few repeats, and so times with nothing in the caches.
-        """
+        """Seconds of a call's first runs: the fastest of four, since the first ones load and settle; of one if long."""
         if call not in self.took:
             took = seconds(call, device)
             self.took[call] = took if took > 0.1 else min(took, *(seconds(call, device) for _ in range(3)))
