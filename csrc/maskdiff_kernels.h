@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MASKDIFF_ABI 4
+#define MASKDIFF_ABI 5
 
 #if defined(__GNUC__)
 #define MASKDIFF_API __attribute__((visibility("default")))
@@ -196,6 +196,13 @@ MASKDIFF_API const char* maskdiff_cuda_error_text(int code);
 // words modulo 2^32. Errors: BAD_RANGE.
 MASKDIFF_API int maskdiff_cuda_count_words(const int64_t* seed, const int64_t* n, int64_t batch, int purpose,
                                            int64_t blocks, uint32_t* words, uint32_t* sums, int device, void* stream);
+
+// noisy_patches and denoising_loss as the CPU library's; the patches may also lie in pinned memory of the host. Numbers in
+// tensors are not checked: the elements of a patch whose image, place, slot or timestep is out of range are NaN, a ragged
+// sample's offsets are cut to 0 .. M, and nothing else is read or written. At most 2^31 - 1 groups of four elements.
+// noisy_patches gives the bits of the CPU library. Errors: BAD_RANGE (more than that), BAD_OPTION.
+MASKDIFF_API int maskdiff_cuda_noisy_patches(const maskdiff_samples* samples, void* out, int dtype, int device,
+                                             void* stream);
 
 // attention as the CPU library's, bf16 and fp16, d = 32 or 64, at most 288 tokens a sequence. Pointers are 16-byte aligned,
 // strides multiples of 8. cu_seqlens is not checked: a sequence that breaks its promise is cut short.

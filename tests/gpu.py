@@ -128,7 +128,7 @@ def conformance(session: Session, arch: int) -> tuple[str, str]:
     if reason := emulate.no_nvcc():
         return NOT_RUN, f"{reason}, which the wrappers' own kernels take"
     try:
-        built = emulate.build_for_gpus("wrappers", [EMULATION / "wrappers.cu"], (arch,))
+        built = emulate.build_for_gpus("wrappers", [EMULATION / "wrappers.cu"], archs=(arch,))
     except AssertionError as error:
         print(error)
         return FAILED, "the wrappers do not compile"

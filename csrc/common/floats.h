@@ -2,10 +2,13 @@
 // Subnormal floats are never made on the way, so a process that flushes them to zero gets the same results.
 #pragma once
 
+#include "maskdiff_kernels.h"
 #include "portable.h"
 
 namespace maskdiff {
 namespace ISA {
+
+MASKDIFF_HD bool is_dtype(int64_t dtype) { return dtype >= MASKDIFF_FLOAT32 && dtype <= MASKDIFF_FLOAT16; }
 
 MASKDIFF_HD float from_bfloat16(uint16_t half) { return float_of((uint32_t)half << 16); }
 

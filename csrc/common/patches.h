@@ -15,10 +15,26 @@ MASKDIFF_HD uint32_t source_patch(uint32_t place, uint32_t across, bool flip) {
   return flip ? place - column + (across - 1 - column) : place;
 }
 
-// The element (row, column, channel), before flipping, that a flip brings to element e of its patch.
-MASKDIFF_HD uint32_t mirrored_element(uint32_t e, uint32_t patch, uint32_t channels) {
-  const uint32_t pixel = e / channels, column = pixel % patch;
-  return (pixel - column + (patch - 1 - column)) * channels + e % channels;
+// Walks over the elements of a patch: where, before flipping, stands what a flip brings to each of them.
+struct Mirrored {
+  uint32_t element, channel;
+  uint32_t column;  // elements of its row of pixels that stand before its pixel
+};
+
+// row: elements in a row of pixels, P*C
+MASKDIFF_HD Mirrored mirrored_from(uint32_t element, uint32_t row, uint32_t channels) {
+  const uint32_t in_row = element % row, channel = in_row % channels;
+  return {element, channel, in_row - channel};
+}
+
+MASKDIFF_HD uint32_t next_mirrored(Mirrored* at, uint32_t row, uint32_t channels) {
+  const uint32_t source = at->element + (row - channels) - 2 * at->column;
+  at->element++;
+  if (++at->channel == channels) {
+    at->channel = 0;
+    at->column = at->column + channels == row ? 0 : at->column + channels;
+  }
+  return source;
 }
 
 // A byte of a packed image in [-1, 1].

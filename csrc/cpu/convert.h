@@ -8,8 +8,6 @@
 namespace maskdiff {
 namespace ISA {
 
-static inline bool is_dtype(int dtype) { return dtype >= MASKDIFF_FLOAT32 && dtype <= MASKDIFF_FLOAT16; }
-
 // to[i] = from[first + i]
 static inline void load_floats(const void* from, int dtype, int64_t first, int count, float* to) {
   const float* floats = (const float*)from + first;

@@ -30,7 +30,8 @@ static inline void score(const Run& run, int target, float alpha, float sigma, f
     for (int i = 0; i < run.count; i++) prediction[i] -= normalised(run.pixels[i]);
   } else {
 #pragma omp simd
-    for (int i = 0; i < run.count; i++) prediction[i] -= alpha * run.noise[i] - sigma * normalised(run.pixels[i]);
+    for (int i = 0; i < run.count; i++)
+      prediction[i] -= velocity(alpha, sigma, normalised(run.pixels[i]), run.noise[i]);
   }
 #pragma omp simd
   for (int i = 0; i < run.count; i++) {

@@ -22,7 +22,7 @@ int noisy_patches(const maskdiff_samples* s, void* out, int dtype, int threads) 
         alignas(64) float x[WINDOW_ELEMENTS];
         if (noisy) {
 #pragma omp simd
-          for (int i = 0; i < run.count; i++) x[i] = alpha * normalised(run.pixels[i]) + sigma * run.noise[i];
+          for (int i = 0; i < run.count; i++) x[i] = noised(alpha, sigma, normalised(run.pixels[i]), run.noise[i]);
         } else {
 #pragma omp simd
           for (int i = 0; i < run.count; i++) x[i] = normalised(run.pixels[i]);

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "common/normals.h"
-#include "common/patches.h"
+#include "common/samples.h"
 #include "cpu/philox_vector.h"
 #include "cpu/threads.h"
 #include "maskdiff_kernels.h"
@@ -23,16 +23,10 @@ struct Mirror {
 };
 
 static inline void fill_mirror(Mirror* mirror, const maskdiff_samples* s) {
-  const uint32_t elements = (uint32_t)(s->patch * s->patch * s->channels);
-  for (uint32_t e = 0; e < elements; e++) {
-    mirror->element[e] = (uint16_t)mirrored_element(e, (uint32_t)s->patch, (uint32_t)s->channels);
-  }
-}
-
-static inline int64_t patch_elements(const maskdiff_samples* s) { return s->patch * s->patch * s->channels; }
-
-static inline int64_t first_visible(const maskdiff_samples* s, int64_t b) {
-  return s->cu_patches ? s->cu_patches[b] : b * s->visible;
+  const uint32_t elements = (uint32_t)patch_elements(s), channels = (uint32_t)s->channels;
+  const uint32_t row = (uint32_t)s->patch * channels;
+  Mirrored at = mirrored_from(0, row, channels);
+  for (uint32_t e = 0; e < elements; e++) mirror->element[e] = (uint16_t)next_mirrored(&at, row, channels);
 }
 
 // Patches of a sample that make one task, and how many tasks the longest sample has.
@@ -132,8 +126,7 @@ static inline void walk_task(const maskdiff_samples* s, const Mirror* mirror, bo
       const int taken = left < filled - used ? (int)left : filled - used;
       const int64_t first = 4 * window_block, last = 4 * (window_block + taken);
       const int count = (int)((last < elements ? last : elements) - first);
-      const int64_t row = s->slots ? s->slots[window_patch]
-                                   : source_patch((uint32_t)s->keep_ids[window_patch], (uint32_t)s->grid_across, flip);
+      const int64_t row = pixel_row(s, window_patch, s->keep_ids[window_patch], flip);
       const uint8_t* pixels = image + row * elements;
       if (flip) {
         for (int i = 0; i < count; i++) mirrored[i] = pixels[mirror->element[first + i]];

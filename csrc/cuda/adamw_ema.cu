@@ -5,8 +5,7 @@
 // each block of the second adds those up again, at most 8 KB that the second-level cache holds: no third launch, the same
 // bits on every GPU. Counts are written by the second alone, and read from copies that the first has made.
 #include "common/adamw.h"
-#include "common/floats.h"
-#include "cuda/launch.cuh"
+#include "cuda/numbers.cuh"
 #include "maskdiff_kernels.h"
 
 namespace maskdiff {
@@ -38,37 +37,6 @@ struct Workspace { // in device memory
   float adam_step, ema_step; // before the update
 };
 
-// N numbers that a thread reads or writes at once.
-template <int N>
-struct alignas(4 * N) Floats {
-  float x[N];
-};
-template <int N>
-struct alignas(2 * N) Halves {
-  uint16_t x[N];
-};
-
-template <int N>
-DEVICE Floats<N> load(const float* from) {
-  return *reinterpret_cast<const Floats<N>*>(from);
-}
-template <int N>
-DEVICE void store(float* to, const Floats<N>& x) {
-  *reinterpret_cast<Floats<N>*>(to) = x;
-}
-
-template <int N>
-DEVICE Floats<N> load_gradient(const Segment& segment, int64_t i) {
-  if (segment.dtype == MASKDIFF_FLOAT32) return load<N>(static_cast<const float*>(segment.grad) + i);
-  const auto halves = *reinterpret_cast<const Halves<N>*>(static_cast<const uint16_t*>(segment.grad) + i);
-  Floats<N> x;
-  for (int k = 0; k < N; k++)
-    x.x[k] = segment.dtype == MASKDIFF_BFLOAT16 ? from_bfloat16(halves.x[k]) : from_float16(halves.x[k]);
-  return x;
-}
-
-DEVICE bool aligned(const void* pointer, unsigned bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
 template <int N>
 struct Size {
   static constexpr int value = N;
@@ -97,19 +65,6 @@ DEVICE void walk(const Segments& segments, int64_t begin, int64_t end, bool flat
   }
 }
 
-// The sum of every thread's x, in one order; to all threads.
-DEVICE double sum_of_block(double x) {
-  SHARED(double, sums, kThreads);
-  const unsigned thread = ptx::thread_x();
-  sums[thread] = x;
-  ptx::sync_block();
-  for (unsigned other = kThreads / 2; other > 0; other /= 2) {
-    if (thread < other) sums[thread] += sums[thread + other];
-    ptx::sync_block();
-  }
-  return sums[0];
-}
-
 // A sum a block, of the squares of `part` elements' gradients: added to the sum that is there, or the first one.
 KERNEL(kThreads)
 add_squares(const maskdiff_adamw update, const Segments segments, int64_t part, bool first, Workspace* workspace) {
@@ -117,12 +72,12 @@ add_squares(const maskdiff_adamw update, const Segments segments, int64_t part, 
   const int64_t begin = segments.begin + block * part;
   double sum = 0;
   walk(segments, begin, begin + part, true, [&](auto size, const Segment& segment, int64_t at) {
-    const auto gradients = load_gradient<decltype(size)::value>(segment, at - segment.offset);
+    const auto gradients = load_numbers<decltype(size)::value>(segment.grad, segment.dtype, at - segment.offset);
     float squares = 0;
     for (const float x : gradients.x) squares += x * x;
     sum += squares;
   });
-  sum = sum_of_block(sum);
+  sum = sum_of_block<kThreads>(sum);
   if (thread) return;
   workspace->sums[block] = first ? sum : workspace->sums[block] + sum;
   if (block == 0 && first) workspace->adam_step = *update.adam_step, workspace->ema_step = *update.ema_step;
@@ -130,7 +85,7 @@ add_squares(const maskdiff_adamw update, const Segments segments, int64_t part, 
 
 template <int N>
 DEVICE void update_elements(const maskdiff_adamw& update, const AdamFactors& factors, const Segment& segment, int64_t at) {
-  const auto gradients = load_gradient<N>(segment, at - segment.offset);
+  const auto gradients = load_numbers<N>(segment.grad, segment.dtype, at - segment.offset);
   auto master = load<N>(update.master + at), exp_avg = load<N>(update.exp_avg + at);
   auto exp_avg_sq = load<N>(update.exp_avg_sq + at), ema = load<N>(update.ema + at);
   const float keep = segment.decays ? factors.keep[1] : factors.keep[0];
@@ -165,7 +120,7 @@ update_chunk(const maskdiff_adamw update, const maskdiff_adamw_numbers numbers, 
   const unsigned thread = ptx::thread_x();
   double sum = 0;
   for (unsigned i = thread; i < sums; i += kThreads) sum += workspace->sums[i];
-  sum = sum_of_block(sum);
+  sum = sum_of_block<kThreads>(sum);
   float value;
   const bool finite = finite_norm(sum, &value);
   if (thread == 0) {
@@ -208,8 +163,6 @@ Segments some_segments(const maskdiff_adamw& a, int64_t first) {
   s.end = s.of[s.count - 1].offset + s.of[s.count - 1].size;
   return s;
 }
-
-bool is_dtype(int64_t dtype) { return dtype >= MASKDIFF_FLOAT32 && dtype <= MASKDIFF_FLOAT16; }
 
 } // namespace
 } // namespace adamw_ema

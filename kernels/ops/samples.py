@@ -75,7 +75,9 @@ class Samples(NamedTuple):
 
     def _check_store(self, device: torch.device) -> None:
         takes = "uint8 [N, n, P*P*C]"
-        checks.tensor("store.patches", self.patches, takes, torch.uint8, (None, None, None), device, contiguous=False)
+        pinned = device.type == "cuda" and self.patches.is_cpu and self.patches.is_pinned()
+        where = None if pinned else device
+        checks.tensor("store.patches", self.patches, takes, torch.uint8, (None, None, None), where, contiguous=False)
         _, rows, size = self.patches.shape
         if len(self.grid) != 2 or min(self.grid) < 1 or math.prod(self.grid) >= 2**31:
             raise ValueError(f"store.grid: got {tuple(self.grid)}, takes two numbers of patches (down, across)")

@@ -72,6 +72,11 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor starts, as an argument; NULL for none."""
+    return ctypes.c_void_p(pointer(tensor))
+
+
 def samples_struct(samples: Samples) -> SamplesStruct:
     """Samples as the C functions take them. It borrows the tensors: keep them alive."""
     patches, keep_ids, ragged = samples.patches, samples.keep_ids, samples.cu_patches is not None

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,17 @@ from maskdiff_kernels.source_version import hash_sources
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 ARCHS = (80, 90, 100, 120)
+VISIBLE = [HERE / "wrappers.cu", ROOT / "csrc/cuda/noisy_patches.cu"]
 DEFINES = ['-DMASKDIFF_SOURCE_VERSION="of the tests"', '-DMASKDIFF_CUDA_ARCHS="emulated"']
 COMMON = ["-std=c++17", "-fno-strict-aliasing", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
-COMMON += ["-Wno-unknown-pragmas", "-Wno-unused-function", f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-DISA=emulated"]
+COMMON += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-ffp-contract=off", "-DISA=emulated"]
+COMMON += [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
 SANITIZERS = {
     "": ["-O2", "-fopenmp"],
     "address": ["-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],  # no OpenMP: its runtime is not instrumented
 }
+NVCC = ["nvcc", "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-DISA=cuda", *DEFINES]
 PRELOAD = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 
 
@@ -30,16 +34,30 @@ def build(name: str, sources: list[Path], sanitizer: str = "") -> Path:
     return _compile(f"{name}-{sanitizer or 'plain'}", command)
 
 
-def build_for_gpus(name: str, sources: list[Path], archs: tuple[int, ...] = ARCHS) -> Path:
+def build_for_gpus(name: str, sources: list[Path], *flags: str, archs: tuple[int, ...] = ARCHS) -> Path:
     """The same for GPUs of some architectures; the assembler's report stands beside it (.txt).
 
     Spilled registers, stack in a kernel and any warning are errors.
     """
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     strict = ["-Werror=all-warnings", "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"]
-    flags = ["-O3", "-std=c++17", "-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-    command = ["nvcc", *codes, *flags, *strict, f"-I{ROOT / 'csrc'}", "-DISA=cuda", *DEFINES, *map(str, sources)]
-    return _compile(f"{name}-gpu", command)
+    shared = ["-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+    return _compile(f"{name}-gpu", [*NVCC, *codes, *shared, *strict, *flags, *map(str, sources)])
+
+
+def check_gpu_build(op: str, kernels: int, most_registers: int, *flags: str) -> None:
+    """Builds an op's kernels for every GPU: no stack, no spills, at most so many registers."""
+    built = build_for_gpus(op, [ROOT / "csrc" / "cuda" / f"{op}.cu"], *flags)
+    usage = re.findall(r"(\d+) bytes stack frame.*\n.*Used (\d+) registers", built.with_suffix(".txt").read_text())
+    assert len(usage) == len(ARCHS) * kernels
+    assert {int(stack) for stack, _ in usage} == {0}
+    assert max(int(registers) for _, registers in usage) <= most_registers, usage
+
+
+def fuses(op: str, *flags: str) -> bool:
+    """Whether the code for GPUs of an op's kernels has fused products and sums of its own, as its PTX says."""
+    command = [*NVCC, "-ptx", "-arch=compute_90", *flags, str(ROOT / "csrc" / "cuda" / f"{op}.cu")]
+    return "fma.rn" in _compile(f"{op}{'-'.join(flags)}-ptx", command).read_text()
 
 
 def _compile(name: str, command: list[str]) -> Path:

@@ -1,7 +1,6 @@
 """adamw_ema's CUDA kernels, emulated: against the fp64 truth, in any order of threads, sanitized, compiled for GPUs."""
 
 import ctypes
-import re
 
 import adamw_cases
 import emulate
@@ -120,8 +119,4 @@ def test_sanitized(sanitizer: str, names):
 @pytest.mark.skipif(bool(emulate.no_nvcc()), reason=emulate.no_nvcc())
 def test_compiles_for_every_gpu():
     """No stack, no spills (errors of the build), and few enough registers for 32 warps on a multiprocessor."""
-    built = emulate.build_for_gpus("adamw_ema", [emulate.ROOT / "csrc/cuda/adamw_ema.cu"])
-    usage = re.findall(r"(\d+) bytes stack frame.*\n.*Used (\d+) registers", built.with_suffix(".txt").read_text())
-    assert len(usage) == len(emulate.ARCHS) * 2  # the norm, the update
-    assert {int(stack) for stack, _ in usage} == {0}
-    assert max(int(registers) for _, registers in usage) <= MOST_REGISTERS, usage
+    emulate.check_gpu_build("adamw_ema", 2, MOST_REGISTERS)  # the norm, the update

@@ -1,9 +1,12 @@
 """Implementations and inputs of the op tests."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import emulate
 import pytest
 import torch
 from placing import here
@@ -13,7 +16,8 @@ import maskdiff_kernels as mk
 from maskdiff_kernels import dispatch, library
 
 TIMESTEPS = 50
-ON_CUDA = "on-cuda"
+ON_CUDA, EMULATOR = "on-cuda", "emulated"
+EMULATED = ("noisy_patches",)  # ops whose CUDA kernels run here too, in the emulator
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products on a GPU take
 
 
@@ -27,7 +31,10 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test's `implementation`: each backend of its op, on each device that it takes."""
     if "implementation" in metafunc.fixturenames:
-        found = implementations(backends_of(metafunc.definition.path))
+        path = metafunc.definition.path
+        found = implementations(backends_of(path))
+        if path.stem.removeprefix("test_") in EMULATED and not emulate.no_emulator():
+            found.append(f"cuda-{EMULATOR}")
         metafunc.parametrize("implementation", found, indirect=True)
 
 
@@ -61,9 +68,26 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
             pytest.skip(f"{backend}: {reason}")
         with torch.device("cuda"):
             yield backend
+    elif where == EMULATOR:
+        with cuda_on_cpu(request.path.stem.removeprefix("test_")):
+            yield backend
     else:
         with library.use_cpu_level(where or library.cpu_level()):
             yield backend
+
+
+@contextmanager
+def cuda_on_cpu(op: str) -> Iterator[None]:
+    """Lets the implementation "cuda" of an op run on CPU tensors, by the emulated library."""
+    emulated = emulate.load(emulate.build("visible", emulate.VISIBLE))
+    emulated.maskdiff_cuda_error_text = emulated.wrapper_error
+    cuda = dataclasses.replace(dispatch._OPS[op]["cuda"], devices=("cpu",), load=lambda: "emulated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "cuda", lambda: emulated)
+        patch.setitem(dispatch._OPS[op], "cuda", cuda)
+        dispatch._choice.cache_clear()
+        yield
+    dispatch._choice.cache_clear()
 
 
 @pytest.fixture

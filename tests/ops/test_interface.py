@@ -195,7 +195,11 @@ def test_choice(monkeypatch):
         assert dispatch.choice(op, "meta") == "reference"  # no table, and cpp takes CPU tensors alone
         with pytest.raises(ValueError, match=rf"^backend: 'cpp' of {op} takes cpu tensors, not meta"):
             dispatch.choice(op, "meta", "cpp")
-        assert mk.backends(op) == {
+        backends = mk.backends(op)
+        if "cuda" in backends:
+            able, reason = backends.pop("cuda")
+            assert able or re.search("the CUDA kernels were not built|is stale|sees no CUDA device", reason)
+        assert backends == {
             "cpp": (True, f"C++, {mk.cpu_level()}"),
             "reference": (True, "plain PyTorch, any device"),
         }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from maskdiff_kernels import library
 from maskdiff_kernels.ops.adamw_ema.state import Update
-from maskdiff_kernels.ops.structs import adamw_structs, call_cuda
+from maskdiff_kernels.ops.structs import adamw_structs, address, call_cuda
 
 
 def run(u: Update) -> tuple[Tensor, Tensor]:
@@ -15,6 +15,6 @@ def run(u: Update) -> tuple[Tensor, Tensor]:
     device = u.master.device
     norm, skipped = u.master.new_empty(()), u.master.new_empty(())
     workspace = torch.empty(library.cuda().maskdiff_cuda_adamw_ema_workspace(), dtype=torch.float64, device=device)
-    outputs = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (norm, skipped, workspace))
+    outputs = map(address, (norm, skipped, workspace))
     call_cuda("maskdiff_cuda_adamw_ema", device, *map(ctypes.byref, adamw_structs(u)), *outputs)
     return norm, skipped

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from maskdiff_kernels.ops.structs import AttentionStruct, attention_struct, call_cuda
+from maskdiff_kernels.ops.structs import AttentionStruct, address, attention_struct, call_cuda
 
 MOST_TOKENS = 288
 WIDTHS = (32, 64)
@@ -60,7 +60,9 @@ def run(
     given, heads, width = _input(qkv, cu_seqlens, max_seqlen), *qkv.shape[-2:]
     out = qkv.new_empty(*qkv.shape[:-3], heads * width)
     lse = qkv.new_empty(heads, given.tokens, dtype=torch.float32)
-    call_cuda("maskdiff_cuda_attention", qkv.device, ctypes.byref(given), ctypes.c_float(scale), _p(out), _p(lse))
+    call_cuda(
+        "maskdiff_cuda_attention", qkv.device, ctypes.byref(given), ctypes.c_float(scale), address(out), address(lse)
+    )
     return out, lse
 
 
@@ -79,7 +81,7 @@ def run_backward(
     grad_qkv = qkv.new_empty(qkv.shape)
     strides = (ctypes.c_int64(grad_out.stride(0)), ctypes.c_int64(grad_out.stride(-2)))
     given = _input(qkv, cu_seqlens, max_seqlen)
-    arguments = (_p(out), _p(lse), _p(grad_out), *strides, _p(grad_qkv))
+    arguments = (address(out), address(lse), address(grad_out), *strides, address(grad_qkv))
     call_cuda("maskdiff_cuda_attention_backward", qkv.device, ctypes.byref(given), ctypes.c_float(scale), *arguments)
     return grad_qkv
 
@@ -89,7 +91,3 @@ def _input(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> At
     if not able:
         raise ValueError(f"backend: 'cuda' of attention {reason}")
     return attention_struct(qkv, cu_seqlens, max_seqlen)
-
-
-def _p(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskdiff_kernels.ops.samples import Samples, check_cu_patches
-from maskdiff_kernels.ops.structs import DTYPES, TARGETS, call, pointer, samples_struct
+from maskdiff_kernels.ops.structs import DTYPES, TARGETS, address, call, samples_struct
 
 
 def run(
@@ -23,15 +23,15 @@ def run(
     code = call(
         "maskdiff_cpu_denoising_loss",
         ctypes.byref(samples_struct(samples)),
-        ctypes.c_void_p(prediction.data_ptr()),
+        address(prediction),
         ctypes.c_int64(strides[0]),
         ctypes.c_int64(strides[-2]),
         DTYPES[prediction.dtype],
         TARGETS[target],
-        ctypes.c_void_p(pointer(weight)),
-        ctypes.c_void_p(mean.data_ptr()),
-        ctypes.c_void_p(per_sample.data_ptr()),
-        ctypes.c_void_p(error.data_ptr() if needs_grad else None),
+        address(weight),
+        address(mean),
+        address(per_sample),
+        address(error if needs_grad else None),
     )
     if code:
         samples.check_ranges()  # says which number it is
@@ -44,14 +44,14 @@ def run_backward(error: Tensor, cu_patches: Tensor | None, factor: Tensor) -> Te
     total = error.numel() // error.shape[-1]
     code = call(
         "maskdiff_cpu_denoising_loss_backward",
-        ctypes.c_void_p(error.data_ptr()),
-        ctypes.c_void_p(pointer(cu_patches)),
-        ctypes.c_void_p(factor.data_ptr()),
+        address(error),
+        address(cu_patches),
+        address(factor),
         ctypes.c_int64(factor.shape[0]),
         ctypes.c_int64(total),
         ctypes.c_int64(error.shape[-1]),
         DTYPES[error.dtype],
-        ctypes.c_void_p(gradient.data_ptr()),
+        address(gradient),
     )
     if code and cu_patches is not None:
         check_cu_patches(cu_patches, total)

@@ -6,9 +6,10 @@ from torch import Tensor
 from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops import checks
 from maskdiff_kernels.ops.draw_batch.op import Batch
-from maskdiff_kernels.ops.noisy_patches import cpp, reference
+from maskdiff_kernels.ops.noisy_patches import cpp, cuda, reference
 from maskdiff_kernels.ops.registration import registered
 from maskdiff_kernels.ops.samples import SCHEMA, Samples, Store, flatten
+from maskdiff_kernels.ops.visible import choose
 
 
 def noisy_patches(
@@ -24,12 +25,12 @@ def noisy_patches(
     Only what is visible is read or drawn. The noise of a sample depends on (seed, n, place in the picture) alone.
 
     Args:
-        store: packed images, or a staging buffer.
+        store: packed images, or a staging buffer; for CUDA tensors also in pinned memory of the host ("cuda" alone).
         batch: what the samples show.
         alpha_sigma: [T, 2] float32, row t holds (alpha_t, sigma_t). None: no noise, the plain gather x_0.
         seed: [1] int64, the run's seed.
         dtype: float32, bfloat16 or float16: computed in float32, rounded once.
-        backend: "auto", "reference" or "cpp".
+        backend: "auto", "reference", "cpp" or "cuda".
 
     Returns:
         x_t, [B, K, P*P*C] for equal lengths or [M, P*P*C] for ragged ones, in `dtype`.
@@ -50,7 +51,7 @@ def _run(*arguments):
     samples.check()
     if dtype not in checks.FLOATS:
         raise TypeError(f"dtype: got {dtype}, takes float32, bfloat16 or float16")
-    return dispatch.choose("noisy_patches", samples.keep_ids.device, backend).run(samples, dtype)
+    return choose("noisy_patches", samples, backend).run(samples, dtype)
 
 
 def _fake(*arguments):
@@ -60,4 +61,4 @@ def _fake(*arguments):
 
 
 _noisy_patches = registered("noisy_patches", f"({SCHEMA}, ScalarType dtype, str backend) -> Tensor", _run, _fake)
-dispatch.register("noisy_patches", cpp=cpp, reference=reference)
+dispatch.register("noisy_patches", cuda=cuda, cpp=cpp, reference=reference)
