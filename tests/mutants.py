@@ -69,7 +69,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "csrc/common/patches.h",
         (NOISY,),
         (
-            ("(patch - 1 - column)) * channels", "column) * channels"),
+            ("(row - channels) - 2 * at->column", "(row - channels) - at->column"),
             ("(elements + 3) / 4", "elements / 4"),
             ("2.0 / 255.0", "2.0 / 256.0"),
         ),
@@ -105,8 +105,12 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("first ? sum : workspace->sums[block] + sum", "sum"),
             ("float adam_step = workspace->adam_step,", "float adam_step = *update.adam_step,"),
             ("at + N <= update.low_size", "at < update.low_size"),
-            ("sums[thread + other];\n    ptx::sync_block();", "sums[thread + other];"),
         ),
+    ),
+    (
+        "csrc/cuda/numbers.cuh",
+        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or address"),
+        (("sums[thread + other];\n    ptx::sync_block();", "sums[thread + other];"),),
     ),
     (
         "csrc/cuda/adamw_ema.cu",
@@ -131,12 +135,19 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("(uint32_t)(first + i)", "(uint32_t)i"),
         ),
     ),
-    ("csrc/cpu/noisy_patches.cpp", (NOISY,), (("+ sigma * run.noise[i]", "- sigma * run.noise[i]"),)),
+    (
+        "csrc/common/samples.h",
+        (NOISY,),
+        (
+            ("alpha * x0 + sigma * eps", "alpha * x0 - sigma * eps"),
+            ("(uint32_t)s->grid_across, flip)", "(uint32_t)s->grid_across, false)"),
+        ),
+    ),
+    ("csrc/common/samples.h", (LOSS,), (("alpha * eps - sigma * x0", "alpha * eps + sigma * x0"),)),
     (
         "csrc/cpu/visible.h",
         (NOISY,),
         (
-            ("(uint32_t)s->grid_across, flip)", "(uint32_t)s->grid_across, false)"),
             ("per_patch + block)", "per_patch)"),
             ("s->image_ids[b] * s->stride", "s->image_ids[b] * s->rows * elements"),
             ("offsets[b + 1] < offsets[b]", "offsets[b + 1] <= offsets[b]"),
@@ -146,7 +157,6 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "csrc/cpu/denoising_loss.cpp",
         (LOSS,),
         (
-            ("alpha * run.noise[i] -", "alpha * run.noise[i] +"),
             ("sum /= (double)count", "sum /= (double)elements"),
             ("if (weight) sum *=", "if (weight) sum +="),
             ("squares[i] = 0.0f;", "squares[i] = 1e3f;"),
@@ -223,7 +233,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         trainer("model", "pretrained"),
         (
             ("skip=index > half", "skip=index >= half"),
-            ("(time + extra_rows[-1])", "(time + extra_rows[0])"),
+            ("[time + extra_rows[-1]]", "[time + extra_rows[0]]"),
             ("F.embedding(keep_ids, patch_rows)", "patch_rows[: keep_ids.shape[1]]"),
             ("cut.permute(0, 2, 4, 3, 5, 1)", "cut.permute(0, 2, 4, 5, 3, 1)"),
             ("there.any(1, keepdim=True)", "there.all(1, keepdim=True)"),
