@@ -3,7 +3,10 @@
 #   make test      style, types, build, tests
 #   make mutants   plants small faults one at a time: the tests must notice each
 #   make build     compiles the kernels again after a change in csrc/
-# Variables: TORCH='torch==2.13.0' (what pip installs), PYTHON=python3, OUT=runs/first, TRAIN='--preset digits' (more options).
+#   make gpu-test  on a machine with a GPU: builds, checks every instruction wrapper, all op tests, compute-sanitizer
+#   make gpu-kernels  times the kernels on its card beside their peers into benchmarks/results/; again: goes on
+# Variables: TORCH='torch==2.13.0' (what pip installs), PYTHON=python3, OUT=runs/first, TRAIN='--preset digits' (more
+# options), KERNELS='--only "L 257"' (options of gpu-kernels). The gpu- targets take .venv if it is there, else PYTHON.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OUT ?= runs/first
@@ -20,10 +23,10 @@ train test build: export PATH := $(CURDIR)/$(BIN):$(PATH)
 test mutants: export OMP_WAIT_POLICY := PASSIVE
 
 .NOTPARALLEL:
-.PHONY: help train test mutants build lint types clean
+.PHONY: help train test mutants build lint types links gpu-test gpu-kernels clean
 
 help:
-	@sed -n '2,5s/^#   //p' Makefile
+	@sed -n '2,7s/^#   //p' Makefile
 
 # A run folder is never overwritten: if $(OUT) is there, the next free numbered one is taken.
 train: build
@@ -46,9 +49,21 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check
 
 # Type checkers do not see through an editable install of kernels/, so they get a folder of links.
-types: .venv/.installed-test
+links:
 	@mkdir -p build/links && ln -sfn ../../maskdiff build/links/maskdiff && ln -sfn ../../kernels build/links/maskdiff_kernels
+
+types: .venv/.installed-test links
 	cd build/links && ../../$(BIN)/mypy --config-file ../../pyproject.toml maskdiff maskdiff_kernels
+
+# Nothing is installed: a machine with a GPU brings PyTorch, and finds the packages through the folder of links.
+ON_GPU = PYTHONPATH=$(CURDIR)/build/links$${PYTHONPATH:+:$$PYTHONPATH} \
+         $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python)),$(BIN)/python,$(PYTHON))
+
+gpu-test: links
+	@$(ON_GPU) tests/gpu.py
+
+gpu-kernels: links
+	@$(ON_GPU) benchmarks/gpu_kernels.py $(KERNELS)
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'

@@ -1,9 +1,9 @@
-"""adamw_ema: GB/s beside its twin, PyTorch's fused AdamW, and a plain copy of memory. See conftest.py.
+"""adamw_ema: GB/s beside its twin and PyTorch's fused AdamW. See conftest.py.
 
 The bytes are those an update must move: of a parameter, the gradient twice (once for the norm), masters, moments and
 the average in and out, the low-precision copy out. celeba64's 44 million parameters in 160 tensors; with "bf16" the
 gradients and the copy are bfloat16. "torch" is one more implementation, "fused" what a trainer without the op does:
-gradient norm and clipping, torch.optim.AdamW(fused=True), an average by foreach, a cast. "copy" copies as many bytes.
+gradient norm and clipping, torch.optim.AdamW(fused=True), an average by foreach, a cast.
 """
 
 import pytest
@@ -13,29 +13,25 @@ import maskdiff_kernels as mk
 
 PARAMETERS, TENSORS = 44_000_000, 160
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CASES = [f"{name}-{how}" for name in DTYPES for how in ("cpp", "torch", "reference", "fused", "copy")]
+CASES = {name: ("cpp", "torch", "reference", "fused") for name in DTYPES}
 
 
-def build(case: str):
+def build(case: str, device="cpu"):
     name, how = case.split("-")
     dtype, low = DTYPES[name], name == "bf16"
     generator = torch.Generator().manual_seed(0)
     size = PARAMETERS // TENSORS // 16 * 16
     total, sizes = size * TENSORS, [size] * TENSORS
     work = total * (2 * dtype.itemsize + 8 * 4 + 2 * low)
-    if how == "copy":
-        source = torch.rand(work // 8, generator=generator)
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source), work, "bytes"
-    flats = [torch.rand(total, generator=generator) for _ in range(4)]
+    flats = [torch.rand(total, generator=generator).to(device) for _ in range(4)]
     copy = flats[0].bfloat16() if low else None
-    grads = [1e-3 * torch.randn(size, generator=generator).to(dtype) for _ in range(TENSORS)]
+    grads = [1e-3 * torch.randn(size, generator=generator).to(device, dtype) for _ in range(TENSORS)]
     if how == "fused":
         return fused(list(flats[0].split(size)), list(flats[3].split(size)), grads, copy), work, "bytes"
-    counts = torch.zeros(()), torch.zeros(())
+    counts = torch.zeros((), device=device), torch.zeros((), device=device)
     offsets = [i * size for i in range(TENSORS)]
     state = mk.AdamState(*flats, *counts, offsets, sizes, [True] * TENSORS, low=copy)
-    hyper = torch.tensor([1e-4, 1.0])
+    hyper = torch.tensor([1e-4, 100.0], device=device)  # no bound that is reached: every call does the same
 
     def ours():
         return mk.adamw_ema(state, grads, hyper, (0.9, 0.99), 1e-8, 0.01, 0.999, backend=how)
@@ -45,13 +41,14 @@ def build(case: str):
 
 def fused(masters, averages, grads, copy):
     params = [torch.nn.Parameter(master) for master in masters]
-    optimizer = torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    options = {"betas": (0.9, 0.99), "weight_decay": 0.01, "fused": True, "capturable": grads[0].is_cuda}
+    optimizer = torch.optim.AdamW(params, lr=1e-4, **options)
     lows = None if copy is None else list(copy.split(masters[0].numel()))
 
     def step():
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad.float()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        torch.nn.utils.clip_grad_norm_(params, 100.0)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(averages, params, 0.001)
@@ -61,7 +58,6 @@ def fused(masters, averages, grads, copy):
     return step
 
 
-@pytest.mark.benchmark(max_time=2.0, min_rounds=5)
 @pytest.mark.parametrize("case", CASES)
-def test_adamw_ema(measure, case):
-    measure(build, case)
+def test_adamw_ema(in_turns, case):
+    in_turns(build, case, CASES[case])

@@ -14,15 +14,15 @@ MASKS = {
     "patch-409-of-4096": ((64, 64), mk.Mask("patch", counts=(409,))),
     "patch-ragged-26-to-128": ((16, 16), mk.Mask("patch", counts=tuple(range(26, 129, 6))[:16])),
 }
-CASES = [f"{mask}-{how}" for mask in MASKS for how in ("cpp", "reference", "torch")]
+CASES = {mask: ("cpp", "reference", "torch") for mask in MASKS}
 
 
-def build(case: str):
+def build(case: str, device="cpu"):
     name, how = case.rsplit("-", 1)
     grid, mask = MASKS[name]
-    seed, n = torch.tensor([1]), torch.arange(BATCH)
+    seed, n = torch.tensor([1], device=device), torch.arange(BATCH, device=device)
     if how == "torch":
-        return lambda: plain(grid, mask), BATCH, "images"
+        return lambda: plain(grid, mask, device), BATCH, "images"
     return (
         lambda: mk.draw_batch(seed, n, IMAGES, grid, mask, flip=0.5, label_dropout=0.1, backend=how),
         BATCH,
@@ -30,18 +30,18 @@ def build(case: str):
     )
 
 
-def plain(grid: tuple[int, int], mask: mk.Mask):
+def plain(grid: tuple[int, int], mask: mk.Mask, device):
     """The usual way, with a generator's state: argsort of noise, for masks of one length."""
     size = mask.size if mask.kind == "block" else 1
     places = grid[0] * grid[1] // size**2
     shown = max(mask.counts or (places,)) // size**2
-    kept = torch.rand(BATCH, places).argsort(1)[:, :shown].sort(1).values
-    image_ids = torch.randint(0, IMAGES, (BATCH,))
-    timestep = torch.randint(0, 1000, (BATCH,))
-    return image_ids, kept, timestep, torch.rand(BATCH) < 0.5, torch.rand(BATCH) < 0.1
+    kept = torch.rand(BATCH, places, device=device).argsort(1)[:, :shown].sort(1).values
+    image_ids = torch.randint(0, IMAGES, (BATCH,), device=device)
+    timestep = torch.randint(0, 1000, (BATCH,), device=device)
+    flip, drop_label = (torch.rand(BATCH, device=device) < share for share in (0.5, 0.1))
+    return image_ids, kept, timestep, flip, drop_label
 
 
-@pytest.mark.benchmark(max_time=0.5, min_rounds=5)
 @pytest.mark.parametrize("case", CASES)
-def test_draw_batch(measure, case):
-    measure(build, case)
+def test_draw_batch(in_turns, case):
+    in_turns(build, case, CASES[case])

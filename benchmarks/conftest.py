@@ -1,37 +1,42 @@
-"""What the kernel benchmarks share: a table of rates, and the comparison with another revision (--base).
+"""What the kernel benchmarks share: contestants in turns, a table, rows in JSON, another revision beside (--base).
 
-    python -m pytest benchmarks/bench_noisy_patches.py [-k TEXT] [--base REF] [--choose] [--benchmark-json FILE]
+    python -m pytest benchmarks/bench_noisy_patches.py [-k TEXT] [--base REF] [--save FILE] [--benchmark-json FILE]
 
-A bench file has `build(case) -> (run, work, unit)`: run() does `work` (bytes or images) once. With --base the library
-of that git revision is built in a worktree; this revision and that one then run every case of ours in turns. --choose
-writes the fastest implementation of each op measured into kernels/choices.json, for this processor's instruction set.
+A bench file has `build("case-implementation") -> (run, work, unit)`: run() does `work` (bytes, flops or images) once.
+The implementations of a case run in turns, each for some 20 ms a round. With --base the library of that git revision is
+built in a worktree, and runs every case of our C++ in turns with this one. --save adds the rows (records.py) to a file,
+of which benchmarks/choices.py makes kernels/choices.json.
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import records
 import torch
 
 import maskdiff_kernels as mk
+from maskdiff import measure
 
 ROOT = Path(__file__).resolve().parents[1]
-ROUNDS = 15  # of each revision, in turns
+CPU = torch.device("cpu")
+ROUNDS = 15
+LONG = 4.0  # seconds: a case whose rounds would take longer than this gets fewer, at least 3
 
 
 @dataclass
 class Table:
-    """The rows that the terminal shows at the end."""
+    """The lines that the terminal shows at the end."""
 
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
-    seconds: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # by op, implementation, case
+    lines: list[str] = field(default_factory=list)
+    settled: list[str] = field(default_factory=list)  # the case that was run and thrown away
     machine: str = ""
 
 
@@ -63,9 +68,7 @@ class Revision:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--base", metavar="REF", help="git revision to build and to measure beside this one")
-    parser.addoption(
-        "--choose", action="store_true", help="write the fastest implementations into kernels/choices.json"
-    )
+    parser.addoption("--save", metavar="FILE", type=Path, help="add the rows to a JSON file, under benchmarks/results/")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,10 +79,18 @@ _TABLE: pytest.StashKey[Table] = pytest.StashKey()
 
 
 @pytest.fixture(scope="session")
-def table(request: pytest.FixtureRequest) -> Table:
-    result = request.config.stash[_TABLE]
-    result.machine = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return result
+def kept(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Keeps rows for the table, and in the file that --save names."""
+    table, path, stamp = request.config.stash[_TABLE], request.config.getoption("--save"), records.stamp(CPU)
+    table.machine = f"{stamp['card']}, {stamp['device']}, torch {torch.__version__}, commit {stamp['commit']}"
+    saved = None if path is None else records.Records(path, stamp)
+
+    def keep(rows: list[records.Row], *lines: str) -> None:
+        table.lines += [*map(records.line, rows), *lines]
+        if saved is not None:
+            saved.add(*rows)
+
+    return keep
 
 
 @pytest.fixture(scope="session")
@@ -122,65 +133,42 @@ def revisions(
 
 
 @pytest.fixture
-def measure(
-    benchmark, table: Table, base, revisions, request: pytest.FixtureRequest
-) -> Callable[[Callable, str], None]:
-    """measure(build, case) times the case and adds a row; cases of our own kernels are compared with --base."""
+def in_turns(benchmark, kept, base, revisions, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """in_turns(build, case, implementations) times them in turns and keeps a row of each."""
+    settled = request.config.stash[_TABLE].settled
 
-    def run(build: Callable, case: str) -> None:
-        once, work, unit = build(case)
-        once()
-        benchmark(once)
-        median, op = benchmark.stats.stats.median, request.path.stem.removeprefix("bench_")
-        name, how = case.rsplit("-", 1)
-        table.seconds.setdefault(op, {}).setdefault(how, {})[name] = median
-        rate = work / median
-        shown = f"{rate / 1e9:.2f} GB/s" if unit == "bytes" else f"{rate:,.0f} {unit}/s"
-        benchmark.extra_info[f"{unit}_per_s"] = rate
-        ratio = ""
-        if revisions and how == "cpp":
-            times = [[revision.seconds(request.path, case) for revision in revisions] for _ in range(ROUNDS)]
-            ratios = sorted(there / here for here, there in times)
-            low, middle, high = (ratios[int(share * (ROUNDS - 1))] for share in (0.2, 0.5, 0.8))
-            ratio = f"{middle:.3f}x as fast as {base[0]} ({low:.3f} to {high:.3f})"
+    def run(build: Callable, case: str, names: Sequence[str], fixed: dict[str, Any] | None = None) -> None:
+        op = request.path.stem.removeprefix("bench_")
+        calls, clock = {}, measure.LongClock()
+        for name in names:
+            calls[name], work, unit = build(f"{case}-{name}")
+        if not settled:  # seen: whatever runs first in a process takes twice its time for as long as its tensors live
+            settled.append(case)
+            measure.interleaved(calls, 5, CPU, clock=measure.LongClock())
+            return run(build, case, names, fixed)
+        copy, copied = measure.memory_copy(CPU, 1 << 26)
+        calls[records.COPY] = copy
+        one_round = sum(max(clock.length, clock.once(call, CPU)) for call in calls.values())
+        rounds, warm = max(3, min(ROUNDS, int(LONG / one_round))), 2 if one_round < 1 else 0
+        samples = measure.interleaved(calls, rounds, CPU, clock=clock, warm=warm)
+        peers = [name for name in names if name not in mk.backends(op)]
+        rows = records.timed(fixed or records.fixed(op, case), samples, peers, {unit: work}, copied)
+        lines = []
+        if revisions and "cpp" in names:
+            times = [[revision.seconds(request.path, f"{case}-cpp") for revision in revisions] for _ in range(ROUNDS)]
+            low, middle, high = measure.quantiles([there / here for here, there in times])
+            lines.append(f"{op} {case}  cpp: {middle:.3f}x as fast as {base[0]} ({low:.3f} to {high:.3f})")
             benchmark.extra_info["faster_than_base"] = {"base": base[0], "p20": low, "p50": middle, "p80": high}
-        table.rows.append((f"{op} {case}", shown, ratio))
+        kept(rows, *lines)
+        benchmark.extra_info["rows"] = rows
+        benchmark.pedantic(calls[names[0]], rounds=1)
 
     return run
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    seconds = session.config.stash[_TABLE].seconds
-    if session.config.getoption("--choose") and exitstatus == 0:
-        write_choices(seconds, ROOT / "kernels" / "choices.json")
-
-
-def write_choices(seconds: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    """For each op the implementation of ours with the least geometric mean over the cases that all of them ran."""
-    choices = json.loads(path.read_text())
-    for op, measured in seconds.items():
-        ours = {how: cases for how, cases in measured.items() if how in mk.backends(op)}
-        if not ours:
-            continue
-        shared = set.intersection(*map(set, ours.values()))
-        means = {how: math.fsum(math.log(cases[name]) for name in shared) for how, cases in ours.items()}
-        choices.setdefault(f"cpu:{mk.cpu_level()}", {})[op] = min(means, key=lambda how: means[how])
-    path.write_text(json.dumps(choices, indent=2) + "\n")
-
-
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     table = config.stash[_TABLE]
-    if not table.rows:
-        return
-    terminalreporter.section(f"rates: {table.machine}")
-    width = max(len(name) for name, _, _ in table.rows)
-    for name, shown, ratio in table.rows:
-        terminalreporter.write_line(f"{name:<{width}}  {shown:>20}  {ratio}".rstrip())
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown processor"
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown processor")
+    if table.lines:
+        terminalreporter.section(table.machine)
+        for text in table.lines:
+            terminalreporter.write_line(text)

@@ -10,6 +10,7 @@ from maskdiff_kernels.dispatch import backends, chosen
 from maskdiff_kernels.library import LibraryError, cpu_level, source_version
 from maskdiff_kernels.ops.adamw_ema.op import adamw_ema
 from maskdiff_kernels.ops.adamw_ema.state import AdamState
+from maskdiff_kernels.ops.attention.flops import FLOPS
 from maskdiff_kernels.ops.attention.op import WIDTHS as ATTENTION_WIDTHS
 from maskdiff_kernels.ops.attention.op import attention
 from maskdiff_kernels.ops.denoising_loss.op import denoising_loss
@@ -19,6 +20,7 @@ from maskdiff_kernels.ops.samples import Store
 
 __all__ = [
     "ATTENTION_WIDTHS",
+    "FLOPS",
     "AdamState",
     "Batch",
     "LibraryError",

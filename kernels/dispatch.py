@@ -1,21 +1,28 @@
 """Decides which implementation of an op runs, and says why another cannot.
 
 The order of decision: the op's argument `backend`, the environment variable MASKDIFF_KERNELS, the table choices.json
-(by compute capability or CPU level, written by a benchmark on request), the first implementation that can run.
-A library that is missing or stale is an error and never a reason to fall back: a run must not turn slow in silence.
+(by compute capability or CPU level, written by benchmarks/choices.py on request), the first implementation that can
+run. A library that is missing or stale is an error and no reason to fall back: a run must not turn slow in silence.
 """
 
 import functools
 import json
+import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from maskdiff_kernels import library
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton, which reads the same variable when it is imported, runs its kernels in Python, on the CPU."""
+TRITON_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,13 @@ class Implementation:
             return False, str(error)
 
 
+BY_LENGTH = ("attention",)  # ops whose implementation may depend on the most tokens that a sequence has
 _OPS: dict[str, dict[str, Implementation]] = {}
 
 
 def register(op: str, **implementations: ModuleType) -> None:
     """Names the implementations of an op. The name says what it needs: cpp the CPU library, cuda the CUDA library and a
-    GPU, xformers that package and a GPU, the others nothing."""
+    GPU, triton and xformers such a package and a GPU, the others nothing."""
     kinds: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
         "reference": ((), lambda: "plain PyTorch, any device"),
         "cpp": (("cpu",), lambda: f"C++, {library.cpu_level()}"),
@@ -49,6 +57,7 @@ def register(op: str, **implementations: ModuleType) -> None:
         "torch": ((), lambda: "PyTorch's fused optimizer, any device"),
         "sdpa": ((), lambda: "PyTorch's scaled_dot_product_attention, any device"),
         "explicit": ((), lambda: "PyTorch's products and softmax, any device"),
+        "triton": (TRITON_DEVICES, lambda: implementations["triton"].load()),
         "xformers": (("cuda",), lambda: implementations["xformers"].load()),
     }
     _OPS[op] = {name: Implementation(module, *kinds[name]) for name, module in implementations.items()}
@@ -67,15 +76,31 @@ def backends(op: str) -> dict[str, tuple[bool, str]]:
 
 
 def chosen(device: torch.device | str, backend: str = "auto") -> dict[str, str]:
-    """The implementation of every op that runs for tensors on `device`: what a run writes down. Raises as `choice`."""
-    return {op: choice(op, device, backend) for op in _OPS}
+    """The implementation of every op that runs for tensors on `device`: what a run writes down. Raises as `choice`.
+
+    Where it depends on the length, all are named: "cuda to 288 tokens, triton beyond".
+    """
+    return {op: _words(_chosen(op, device, backend)) for op in _OPS}
 
 
-def choice(op: str, device: torch.device | str, backend: str = "auto") -> str:
-    """The name of the implementation that runs for tensors on `device`.
+def choice(op: str, device: torch.device | str, backend: str = "auto", length: int = 0) -> str:
+    """The name of the implementation that runs for tensors on `device`, and sequences of at most `length` tokens.
 
     Raises ValueError for an unknown name or one that cannot take such tensors, LibraryError for a missing library.
     """
+    found = _chosen(op, device, backend)
+    return found if isinstance(found, str) else next(name for most, name in found if length <= most)
+
+
+def choose(op: str, device: torch.device, backend: str, length: int = 0) -> ModuleType:
+    """The module whose `run` computes `op` for tensors on `device`; raises as `choice` does."""
+    return _OPS[op][choice(op, device, backend, length)].module
+
+
+ByLength = tuple[tuple[float, str], ...]  # (most tokens, name), the last of them for any number
+
+
+def _chosen(op: str, device: torch.device | str, backend: str) -> str | ByLength:
     said_by = "backend"
     if backend == "auto":
         backend, said_by = os.environ.get("MASKDIFF_KERNELS") or "auto", "MASKDIFF_KERNELS"
@@ -83,25 +108,28 @@ def choice(op: str, device: torch.device | str, backend: str = "auto") -> str:
 
 
 @functools.cache  # the ops ask at every call; errors are not kept
-def _choice(op: str, device: torch.device, backend: str, said_by: str) -> str:
+def _choice(op: str, device: torch.device, backend: str, said_by: str) -> str | ByLength:
     implementations = _implementations(op)
+    found: str | ByLength = backend
     if backend == "auto":
-        backend = _table_choice(op, device)
+        found, said_by = _table_choice(op, device), "choices.json"
     elif backend not in implementations:
         raise ValueError(f"{said_by}: got {backend!r}, {op} takes auto or one of {', '.join(implementations)}")
-    if backend == "auto":
+    if found == "auto":
         able = (name for name, implementation in implementations.items() if implementation.can_run(device.type)[0])
         return next(able, "reference")
-    implementation = implementations[backend]
-    if implementation.devices and device.type not in implementation.devices:
-        raise ValueError(f"{said_by}: {backend!r} of {op} {implementation.can_run(device.type)[1]}")
-    implementation.load()
-    return backend
+    for name in (found,) if isinstance(found, str) else dict.fromkeys(name for _, name in found):
+        implementation = implementations[name]
+        if implementation.devices and device.type not in implementation.devices:
+            raise ValueError(f"{said_by}: {name!r} of {op} {implementation.can_run(device.type)[1]}")
+        implementation.load()
+    return found
 
 
-def choose(op: str, device: torch.device, backend: str) -> ModuleType:
-    """The module whose `run` computes `op` for tensors on `device`; raises as `choice` does."""
-    return _OPS[op][choice(op, device, backend)].module
+def _words(found: str | ByLength) -> str:
+    if isinstance(found, str):
+        return found
+    return ", ".join(f"{name} beyond" if most == math.inf else f"{name} to {most:g} tokens" for most, name in found)
 
 
 def _implementations(op: str) -> dict[str, Implementation]:
@@ -111,16 +139,54 @@ def _implementations(op: str) -> dict[str, Implementation]:
 
 
 @functools.cache
-def _table() -> dict[str, dict[str, str]]:
-    return json.loads((Path(__file__).parent / "choices.json").read_text())
+def _table() -> dict[str, dict[str, str | ByLength]]:
+    return read_table((Path(__file__).parent / "choices.json").read_text())
 
 
-def _table_choice(op: str, device: torch.device) -> str:
-    table = _table()
-    keys = [device.type]
+def read_table(text: str) -> dict[str, dict[str, str | ByLength]]:
+    """The table that choices.json holds: for each device, and each op, a name or, for attention, names by length.
+
+    Devices are "cpu", "cuda", or more exactly "cpu:avx2" (an instruction set), "cuda:9.0" (a compute capability). By
+    length: [[most tokens, name], ...], numbers that rise and null, for any number, at the end. Raises ValueError for
+    any other form, for an unknown op or name, and for one that such a device cannot run.
+    """
+    table = json.loads(text)
+    levels = "|".join(library.LEVELS)
+    for device, entries in table.items():
+        if not re.fullmatch(rf"cpu(:({levels}))?|cuda(:\d+\.\d+)?", device):
+            raise ValueError(f'choices.json: got {device!r}, takes devices such as "cpu:avx2", "cuda" or "cuda:9.0"')
+        for op, entry in entries.items():
+            entries[op] = _entry(entry, op, device)
+    return table
+
+
+def _entry(entry: Any, op: str, device: str) -> str | ByLength:
+    pairs = entry if isinstance(entry, list) and op in BY_LENGTH else [[None, entry]]
+    takes = "a name, or [most tokens, name] pairs that rise and end with null" if op in BY_LENGTH else "a name"
+    wrong = ValueError(f"choices.json: {device}: {op}: got {json.dumps(entry)}, takes {takes}")
+    if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) for pair in pairs):
+        raise wrong
+    most = [math.inf if number is None else number for number, _ in pairs]
+    if not most or most[-1] != math.inf or not all(isinstance(number, int) for number in most[:-1]):
+        raise wrong
+    if any(a >= b for a, b in zip([0, *most], most, strict=False)):
+        raise wrong
+    if op not in _OPS:
+        raise ValueError(f"choices.json: {device}: got op {op!r}, takes one of {', '.join(_OPS)}")
+    kind = device.partition(":")[0]
+    names = [name for name, known in _OPS[op].items() if not known.devices or kind in known.devices]
+    if unknown := [name for _, name in pairs if name not in names]:
+        raise ValueError(f"choices.json: {device}: {op}: got {unknown[0]!r}, takes one of {', '.join(names)}")
+    return pairs[0][1] if isinstance(entry, str) else tuple(zip(most, (name for _, name in pairs), strict=True))
+
+
+def device_key(device: torch.device) -> str:
+    """The most exact name of a device in the table: "cuda:9.0", "cpu:avx2"."""
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        keys.insert(0, f"cuda:{major}.{minor}")
-    elif device.type == "cpu":
-        keys.insert(0, f"cpu:{library.cpu_level()}")
-    return next((table[key][op] for key in keys if op in table.get(key, {})), "auto")
+        return "cuda:{}.{}".format(*torch.cuda.get_device_capability(device))
+    return f"cpu:{library.cpu_level()}" if device.type == "cpu" else device.type
+
+
+def _table_choice(op: str, device: torch.device) -> str | ByLength:
+    table = _table()
+    return next((table[key][op] for key in (device_key(device), device.type) if op in table.get(key, {})), "auto")

@@ -3,7 +3,6 @@
 import argparse
 import gc
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -173,7 +172,7 @@ def run(
     equal = equal_tokens(bench, masks, max(3, rounds // 2))
     return {
         "machine": measure.machine(device),
-        "commit": _commit(),
+        "commit": measure.commit(),
         "preset": config.preset,
         "model": {"width": model_config.width, "blocks": model_config.blocks, "image_size": model_config.image_size},
         "batch": batch,
@@ -205,14 +204,6 @@ def equal_tokens(bench: Bench, masks: list[tuple[str, float]], rounds: int) -> l
         }
         for (kind, rate), size in batches.items()
     ]
-
-
-def _commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True
-    )
-    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def _numbers(text: str) -> list[float]:

@@ -60,7 +60,7 @@ def _kernels() -> Iterator[str]:
         )
     )
     for op in sorted(folder.parent.name for folder in Path(maskdiff_kernels.__file__).parent.glob("ops/*/op.py")):
-        yield from _try(lambda op: f"{op}: {dispatch.choice(op, 'cpu')} runs on CPU tensors", op)
+        yield from _try(lambda op: f"{op}: {dispatch.chosen('cpu')[op]} runs on CPU tensors", op)
         for name, (able, reason) in maskdiff_kernels.backends(op).items():
             yield f"  {name:10} {'can run' if able else 'cannot'}: {reason}"
 

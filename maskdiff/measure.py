@@ -2,11 +2,88 @@
 
 import ctypes
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+
+Clock = Callable[[Callable[[], object], torch.device], Callable[[], float]]
+"""Runs a call and returns a function that gives its seconds, once the device has done everything."""
+
+
+def wall_clock(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """The usual Clock: waits for the device before and after."""
+    took = seconds(call, device)
+    return lambda: took
+
+
+class LongClock:
+    """A Clock of the host's for short calls: each reading is the mean over some 20 ms of them."""
+
+    def __init__(self, length: float = 0.02) -> None:
+        self.length = length  # seconds
+        self.took: dict[Callable[[], object], float] = {}
+
+    def once(self, call: Callable[[], object], device: torch.device) -> float:
+        """Seconds of a call's first runs: the fastest of four, since the first ones load and settle; of one if long."""
+        if call not in self.took:
+            took = seconds(call, device)
+            self.took[call] = took if took > 0.1 else min(took, *(seconds(call, device) for _ in range(3)))
+        return self.took[call]
+
+    def __call__(self, call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+        repeats = max(1, round(self.length / self.once(call, device)))
+
+        def several() -> None:
+            for _ in range(repeats):
+                call()
+
+        took = seconds(several, device) / repeats
+        return lambda: took
+
+
+class Captured:
+    """A call as a CUDA graph, whose launch costs the host next to nothing. Raises RuntimeError where it cannot be."""
+
+    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(self.graph):
+            self.result = call()  # every replay writes it anew
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+class ColdClock:
+    """A Clock of a GPU's own events: nothing of the input is in its cache, and no launch waits for the host.
+
+    Before each call a buffer far larger than the cache is read through (read, not written: lines still to be written
+    back would be charged to the call). The host launches the call meanwhile; one that is not Captured gets ten such
+    sweeps of time for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+        self.buffer = torch.zeros(max(4 * cache, 256 << 20) // 4, dtype=torch.int32, device=device)
+        self.total = torch.zeros((), dtype=torch.int64, device=device)
+
+    def __call__(self, call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+        for _ in range(1 if isinstance(call, Captured) else 10):
+            torch.sum(self.buffer, dim=0, out=self.total)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        return lambda: 1e-3 * start.elapsed_time(end)
 
 
 def interleaved(
@@ -14,20 +91,24 @@ def interleaved(
     rounds: int,
     device: torch.device,
     on_round: Callable[[int], None] = lambda _: None,
+    clock: Clock = wall_clock,
+    warm: int = 2,
 ) -> dict[str, list[float]]:
     """Runs every contestant once a round and returns each one's milliseconds; the order turns from round to round.
 
-    A drift of the machine's speed then falls on all alike. Each contestant runs twice before anything counts.
+    A drift of the machine's speed then falls on all alike. Each contestant runs `warm` times before anything counts.
     """
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
-        for _ in range(2):
+        for _ in range(warm):
             contestants[name]()
     for turn in range(rounds):
         shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            times[name].append(1e3 * seconds(contestants[name], device))
+        readings = {name: clock(contestants[name], device) for name in names[shift:] + names[:shift]}
+        synchronize(device)
+        for name, reading in readings.items():
+            times[name].append(1e3 * reading())
         on_round(turn)
     return times
 
@@ -112,3 +193,18 @@ def machine(device: torch.device) -> dict[str, str | int]:
     if device.type == "cuda":
         found["card"] = torch.cuda.get_device_name(device)
     return found
+
+
+def commit() -> str | None:
+    """The revision of this checkout, "-dirty" after it where code was changed since; None where there is none.
+
+    Results of benchmarks are no code: writing one must not make the next another revision's.
+    """
+    here = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(here)]
+    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if found.returncode:
+        return None
+    code = ["--", ".", ":(exclude)benchmarks/results", ":(exclude)docs", ":(exclude)*.md"]
+    clean = subprocess.run([*git, "diff", "--quiet", "HEAD", *code]).returncode == 0
+    return found.stdout.strip() + ("" if clean else "-dirty")

@@ -10,7 +10,7 @@ import torch
 def poisoned() -> Iterator[None]:
     """Fills every new, uninitialised tensor with NaN, or the largest integer: what is not written shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # some of PyTorch's on a GPU are not
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0])

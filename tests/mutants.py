@@ -32,6 +32,7 @@ COPIED = (
 TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them hang is noticed
 
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
+TRITON = ("tests/ops/test_attention_triton.py", "-k", "interpreter")
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
@@ -68,7 +69,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "csrc/common/patches.h",
         (NOISY,),
         (
-            ("(patch - 1 - column)) * channels", "column) * channels"),
+            ("(row - channels) - 2 * at->column", "(row - channels) - at->column"),
             ("(elements + 3) / 4", "elements / 4"),
             ("2.0 / 255.0", "2.0 / 256.0"),
         ),
@@ -89,8 +90,8 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "csrc/cpu/adamw_ema.cpp",
         ADAMW,
         (
-            ("i + 16 <= count", "i + 16 < count + 16"),
-            ("lanes += x * x;", "lanes = x * x;"),
+            ("sums[v] += y * y;", "sums[v] = y * y;"),
+            ("left >= 8;", "left > 8;"),
             ("at - offset, count, buffer", "0, count, buffer"),
             ("low < count ? low : count", "count"),
             ("c >= chunks * part / parts", "c > chunks * part / parts"),
@@ -102,11 +103,19 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ("tests/emulation/test_adamw_ema.py", "-k", "float64 or address"),
         (
             ("first ? sum : workspace->sums[block] + sum", "sum"),
-            ("segment.offset % 4 == 0 && ", ""),
             ("float adam_step = workspace->adam_step,", "float adam_step = *update.adam_step,"),
             ("at + N <= update.low_size", "at < update.low_size"),
-            ("sums[thread + other];\n    ptx::sync_block();", "sums[thread + other];"),
         ),
+    ),
+    (
+        "csrc/cuda/numbers.cuh",
+        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or address"),
+        (("sums[thread + other];\n    ptx::sync_block();", "sums[thread + other];"),),
+    ),
+    (
+        "csrc/cuda/adamw_ema.cu",
+        ("tests/emulation/test_adamw_ema.py", "-k", "address"),
+        (("segment.offset % 4 == 0 && ", ""),),
     ),
     (
         "kernels/ops/adamw_ema/fused.py",
@@ -126,12 +135,19 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("(uint32_t)(first + i)", "(uint32_t)i"),
         ),
     ),
-    ("csrc/cpu/noisy_patches.cpp", (NOISY,), (("+ sigma * run.noise[i]", "- sigma * run.noise[i]"),)),
+    (
+        "csrc/common/samples.h",
+        (NOISY,),
+        (
+            ("alpha * x0 + sigma * eps", "alpha * x0 - sigma * eps"),
+            ("(uint32_t)s->grid_across, flip)", "(uint32_t)s->grid_across, false)"),
+        ),
+    ),
+    ("csrc/common/samples.h", (LOSS,), (("alpha * eps - sigma * x0", "alpha * eps + sigma * x0"),)),
     (
         "csrc/cpu/visible.h",
         (NOISY,),
         (
-            ("(uint32_t)s->grid_across, flip)", "(uint32_t)s->grid_across, false)"),
             ("per_patch + block)", "per_patch)"),
             ("s->image_ids[b] * s->stride", "s->image_ids[b] * s->rows * elements"),
             ("offsets[b + 1] < offsets[b]", "offsets[b + 1] <= offsets[b]"),
@@ -141,12 +157,48 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "csrc/cpu/denoising_loss.cpp",
         (LOSS,),
         (
-            ("alpha * run.noise[i] -", "alpha * run.noise[i] +"),
             ("sum /= (double)count", "sum /= (double)elements"),
             ("if (weight) sum *=", "if (weight) sum +="),
             ("squares[i] = 0.0f;", "squares[i] = 1e3f;"),
             ("*= factor[b]", "*= factor[0]"),
             ("all / (double)s->batch", "all"),
+        ),
+    ),
+    (
+        "kernels/ops/attention/triton_kernel.py",
+        TRITON,
+        (
+            (
+                'return tl.where(there, _dot(a, tl.trans(b)) * factor, float("-inf"))',
+                "return _dot(a, tl.trans(b)) * factor",
+            ),
+            ("factor, (key + keys < length)[None, :])", "factor, (keys < length)[None, :])"),
+            ("most * UNIT + tl.log2(total) * LN_2", "(most + tl.log2(total)) * LN_2"),
+            ("total = total * shrink + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"),
+            (
+                "for key in range(0, length, STEP):\n            keys =",
+                "for key in range(STEP, length, STEP):\n            keys =",
+            ),
+            ("grad_k * scale", "grad_k"),
+            ("begin + tl.arange(0, BLOCK) < length)[:, None]", "begin + tl.arange(0, BLOCK) <= length)[:, None]"),
+            (
+                "tl.store(at, x.to(start.dtype.element_ty), mask=(rows < length)[:, None])",
+                "tl.store(at, x.to(start.dtype.element_ty))",
+            ),
+            ("lse + head.to(tl.int64) * tokens + first\n", "lse + head.to(tl.int64) * length + first\n"),
+            ("tl.sum(p * grad_p, 0) if ONE", "tl.sum(p * grad_p, 0) * 0.99 if ONE"),
+            (
+                "    at = start + rows.to(tl.int64)[:, None] * token_stride + columns[None, :]\n    return",
+                "    at = start + rows[:, None] * token_stride + columns[None, :]\n    return",
+            ),
+        ),
+    ),
+    (
+        "kernels/ops/attention/triton_host.py",
+        TRITON,
+        (
+            ("(0, grad_out.stride(0))", "(0, qkv.shape[-1] * qkv.shape[-2])"),
+            ("if length <= most)", "if length < most + 2)"),
         ),
     ),
     (
@@ -181,7 +233,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         trainer("model", "pretrained"),
         (
             ("skip=index > half", "skip=index >= half"),
-            ("(time + extra_rows[-1])", "(time + extra_rows[0])"),
+            ("[time + extra_rows[-1]]", "[time + extra_rows[0]]"),
             ("F.embedding(keep_ids, patch_rows)", "patch_rows[: keep_ids.shape[1]]"),
             ("cut.permute(0, 2, 4, 3, 5, 1)", "cut.permute(0, 2, 4, 5, 3, 1)"),
             ("there.any(1, keepdim=True)", "there.all(1, keepdim=True)"),
@@ -229,6 +281,41 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("a[g + 8 * (i % 2)][c + h + 8 * (i / 2)]", "a[g + 8 * (i / 2)][c + h + 8 * (i % 2)]"),
             ("transposed ? l / 4 :", "!transposed ? l / 4 :"),
+        ),
+    ),
+    (
+        "kernels/dispatch.py",
+        ("tests/ops/test_interface.py", "-k", "table or length or choice"),
+        (
+            ("if length <= most)", "if length < most)"),
+            ("if any(a >= b for a, b in zip([0, *most]", "if any(a > b for a, b in zip([0, *most]"),
+            ("for key in (device_key(device), device.type)", "for key in (device.type,)"),
+        ),
+    ),
+    (
+        "benchmarks/records.py",
+        ("tests/test_gpu_kernels.py",),
+        (
+            ("there / here for there, here", "here / there for there, here"),
+            ("[old for old in self.rows if _place(old) != _place(row)]", "self.rows"),
+        ),
+    ),
+    (
+        "benchmarks/gpu_kernels.py",
+        ("tests/test_gpu_kernels.py",),
+        (
+            ("if said := judge(captured.result):", "if said := judge(call()):"),
+            ("return 1 if runner.wrong else 0", "return 0"),
+            ('or not rows[name]["error"]]', "]"),
+        ),
+    ),
+    (
+        "benchmarks/choices.py",
+        ("tests/test_gpu_kernels.py",),
+        (
+            ("set.intersection(*(", "set.union(*("),
+            ('if row["shape"]["backward"]:', "if True:"),
+            ("    if options.write:\n", "    if True:\n"),
         ),
     ),
     (

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 
 #include "common/adamw.h"
+#include "cpu/attention_vector.h"
 #include "cpu/convert.h"
 #include "cpu/ops.h"
 #include "cpu/threads.h"
@@ -10,12 +11,12 @@ namespace maskdiff {
 namespace ISA {
 
 constexpr int64_t CHUNK = 16384;  // elements of the flat buffers whose squares make one partial sum
-constexpr int WINDOW = 512;       // elements worked on at a time: their arrays stay in the first-level cache
+constexpr int WINDOW = 512;       // elements updated at a time: their arrays stay in the first-level cache
+constexpr int STREAMS = 4;        // read side by side: one alone does not keep a core's memory port busy
+constexpr int SPAN = 4096;        // elements whose squares are summed at a time
 
-typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
-
-// Calls body(segment, position in the flat buffers, count, gradients) for all elements of a chunk, window by window.
-template <class Body>
+// Calls body(segment, position in the flat buffers, count, gradients) for all elements of a chunk, at most MOST at a time.
+template <int MOST, class Body>
 static inline void walk(const maskdiff_adamw* a, int64_t chunk, Body body) {
   const int64_t begin = chunk * CHUNK, end = begin + CHUNK;
   int64_t s = 0, after = a->segments;
@@ -24,11 +25,11 @@ static inline void walk(const maskdiff_adamw* a, int64_t chunk, Body body) {
     if (a->offsets[middle] + a->sizes[middle] > begin) after = middle;
     else s = middle + 1;
   }
-  alignas(64) float buffer[WINDOW];
+  alignas(64) float buffer[MOST];
   for (; s < a->segments && a->offsets[s] < end; s++) {
     const int64_t offset = a->offsets[s], last = offset + a->sizes[s] < end ? offset + a->sizes[s] : end;
-    for (int64_t at = offset > begin ? offset : begin; at < last; at += WINDOW) {
-      const int count = (int)(last - at < WINDOW ? last - at : WINDOW);
+    for (int64_t at = offset > begin ? offset : begin; at < last; at += MOST) {
+      const int count = (int)(last - at < MOST ? last - at : MOST);
       const float* gradients = (const float*)a->grads[s] + (at - offset);
       if (a->grad_dtypes[s] != MASKDIFF_FLOAT32) {
         load_floats(a->grads[s], (int)a->grad_dtypes[s], at - offset, count, buffer);
@@ -39,24 +40,44 @@ static inline void walk(const maskdiff_adamw* a, int64_t chunk, Body body) {
   }
 }
 
-// The sum of the squares of a chunk's gradients, in one order on every processor: 16 lanes whatever its vectors are.
+// The sum of the squares of SPAN numbers, in one order on every processor: 16 lanes a stream, then halves of them.
+static inline double sum_of_squares(const float* x) {
+  constexpr int LANES = 16, VECTORS = LANES / WIDTH;
+  Vector sums[STREAMS * VECTORS] = {};
+  for (int i = 0; i < SPAN / STREAMS; i += LANES) {
+#pragma GCC unroll 16
+    for (int v = 0; v < STREAMS * VECTORS; v++) {
+      const Vector y = *(const LooseVector*)(x + v / VECTORS * (SPAN / STREAMS) + i + v % VECTORS * WIDTH);
+      sums[v] += y * y;
+    }
+  }
+  alignas(64) float lanes[STREAMS * LANES];
+#pragma GCC unroll 16
+  for (int v = 0; v < STREAMS * VECTORS; v++) store(lanes + v * WIDTH, sums[v]);
+  for (int left = STREAMS * LANES / 2; left >= 8; left /= 2) {
+    for (int i = 0; i < left; i++) lanes[i] += lanes[i + left];
+  }
+  double sum = 0.0;
+  for (int i = 0; i < 8; i++) sum += (double)lanes[i];
+  return sum;
+}
+
 static double squares(const maskdiff_adamw* a, int64_t chunk) {
   double sum = 0.0;
-  walk(a, chunk, [&](int64_t, int64_t, int count, const float* gradients) {
-    Lanes lanes = {};
-    int i = 0;
-    for (; i + 16 <= count; i += 16) {
-      const Lanes x = *(const Lanes*)(gradients + i);
-      lanes += x * x;
+  walk<SPAN>(a, chunk, [&](int64_t, int64_t, int count, const float* gradients) {
+    if (count == SPAN) {
+      sum += sum_of_squares(gradients);
+      return;
     }
-    for (int lane = 0; i < count; i++, lane++) lanes[lane] += gradients[i] * gradients[i];
-    for (int lane = 0; lane < 16; lane++) sum += (double)lanes[lane];
+    alignas(64) float padded[SPAN] = {};
+    for (int i = 0; i < count; i++) padded[i] = gradients[i];
+    sum += sum_of_squares(padded);
   });
   return sum;
 }
 
 static void update(const maskdiff_adamw* a, const AdamFactors& factors, int64_t chunk) {
-  walk(a, chunk, [&](int64_t segment, int64_t at, int count, const float* gradients) {
+  walk<WINDOW>(a, chunk, [&](int64_t segment, int64_t at, int count, const float* gradients) {
     const AdamFactors f = factors;
     const float keep = f.keep[a->decays[segment]], to_ema = f.to_ema[0], to_ema2 = f.to_ema[1];
     float *master = a->master + at, *exp_avg = a->exp_avg + at, *exp_avg_sq = a->exp_avg_sq + at, *ema = a->ema + at;

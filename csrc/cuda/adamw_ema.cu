@@ -18,7 +18,7 @@ constexpr unsigned kThreads = 256;
 constexpr int64_t kChunk = 16384;       // elements of the flat buffers that a block updates
 constexpr int64_t kSums = 1024;         // of squares, at most: as many blocks fill a GPU
 constexpr int64_t kLeastOfASum = 4096;  // elements
-constexpr int kMost = 512;              // segments of a launch: they travel with its parameters, of which 32 KB fit
+constexpr int kMost = 512;              // segments of a launch: they travel with its parameters, 32 KB since CUDA 12.1
 
 struct Segment {
   const void* grad;

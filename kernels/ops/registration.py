@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-def registered(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def registered(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
     """Makes torch.ops.maskdiff.<name> of `run` (called without gradients) and returns its bound overload.
 
     `run` holds every check: autocast and torch.compile reach it without passing through the public function. The op

@@ -1,16 +1,16 @@
-"""Runs adamw_ema's CUDA kernels in an emulated library, on exact-size buffers, outputs poisoned with NaN first.
+"""Runs adamw_ema's CUDA kernels, emulated or on a GPU, on exact-size buffers, outputs poisoned with NaN first.
 
-    python tests/emulation/adamw_cases.py LIBRARY CASE [CASE ...]
+    python tests/emulation/adamw_cases.py LIBRARY CASE [CASE ...] [--cuda]
 
-runs cases (see CASES) in a process of its own, as the sanitizers need it; it imports nothing but NumPy.
+runs cases (see CASES) in a process of its own, as the sanitizers need it; it imports nothing but NumPy. With --cuda the
+library is the one for GPUs, and PyTorch brings the memory.
 """
 
 import ctypes
-import sys
 from dataclasses import dataclass
 
 import numpy as np
-from conformance import Host
+from conformance import Cuda, Host, run_cases, set_up
 
 FP32, BF16, FP16 = 0, 1, 2  # maskdiff_dtype
 FLATS = ("master", "exp_avg", "exp_avg_sq", "ema", "ema2")
@@ -70,9 +70,9 @@ class Case:
         return results
 
 
-def run(library: ctypes.CDLL, case: Case, seed: int = 0) -> dict[str, np.ndarray]:
+def run(library: ctypes.CDLL, case: Case, seed: int = 0, on: type[Host] | type[Cuda] = Host) -> dict[str, np.ndarray]:
     """The state after one update that follows three others (one of the averages'); norm [1], skipped [1]."""
-    memory, flats, gradients = Host(), case.flats(), case.gradients()
+    memory, flats, gradients = on(), case.flats(), case.gradients()
     if not case.two:
         del flats["ema2"]
     arrays = flats | {
@@ -93,7 +93,7 @@ def run(library: ctypes.CDLL, case: Case, seed: int = 0) -> dict[str, np.ndarray
     )
     outputs = [memory.put(np.full(1, np.nan, np.float32)) for _ in range(2)]
     workspace = memory.put(np.full(library.maskdiff_cuda_adamw_ema_workspace(), np.nan))
-    library.emulator_seed(ctypes.c_uint64(seed))
+    explain = set_up(library, on, seed)
     numbers = Numbers(*NUMBERS)
     code = library.maskdiff_cuda_adamw_ema(ctypes.byref(update), ctypes.byref(numbers), *outputs, workspace, 0, None)
     results = {name: memory.take(pointers[name], array.shape, array.dtype.type) for name, array in arrays.items()}
@@ -102,14 +102,15 @@ def run(library: ctypes.CDLL, case: Case, seed: int = 0) -> dict[str, np.ndarray
     for used in (hyper, workspace, *grads):
         memory.take(used, (0,), np.uint8)
     if code:
-        raise RuntimeError(library.wrapper_error(code).decode() if code >= 1000 else f"error {code}")
+        raise RuntimeError(explain(code))
     return results
 
 
 CASES = {
     "one": Case((1,)),
     "odd": Case((15, 16, 17), gap=3, low_size=20, two=True),
-    "fours": Case((1024, 20, 512, 5), gap=4, dtypes=(BF16, FP32), low_size=1040),
+    "fours": Case((1024, 20, 512, 5), gap=4, dtypes=(BF16, FP32), low_size=1042),
+    "aligned": Case((16388, 32768, 12), dtypes=(FP32, BF16, FP16), low_size=49157),
     "halves": Case((4096, 3, 700), dtypes=(BF16, FP16, FP32), low=FP16, low_size=4103, two=True),
     "chunks": Case((16383, 1, 16385, 16384), dtypes=(FP32, BF16), low_size=49153, bound=np.inf),
     "sums": Case((3, 40_000), gap=16, dtypes=(BF16,), low_size=40_035),
@@ -118,14 +119,5 @@ CASES = {
 }
 
 
-def main() -> None:
-    """Runs the cases named, and says so."""
-    library = ctypes.CDLL(sys.argv[1])
-    library.wrapper_error.restype = ctypes.c_char_p
-    for name in sys.argv[2:]:
-        run(library, CASES[name], 3)
-        print(f"ran {name}")
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run, CASES)

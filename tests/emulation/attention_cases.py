@@ -1,17 +1,16 @@
-"""Runs attention's CUDA kernels in an emulated library, on exact-size buffers, outputs poisoned with NaN first.
+"""Runs attention's CUDA kernels, emulated or on a GPU, on exact-size buffers, outputs poisoned with NaN first.
 
-    python tests/emulation/attention_cases.py LIBRARY CASE [CASE ...] [--entry=NAME]
+    python tests/emulation/attention_cases.py LIBRARY CASE [CASE ...] [--entry=NAME] [--cuda]
 
 runs cases (see CASES) by maskdiff_cuda_attention, or by what else is named, in a process of its own, as the sanitizers
-need it; it imports nothing but NumPy.
+need it; it imports nothing but NumPy. With --cuda the library is the one for GPUs, and PyTorch brings the memory.
 """
 
 import ctypes
-import sys
 from dataclasses import dataclass
 
 import numpy as np
-from conformance import Host
+from conformance import Cuda, Host, run_cases, set_up
 
 BF16, FP16 = 1, 2  # maskdiff_dtype
 DENSE = (0, 1, 2, 3, 4)
@@ -56,7 +55,11 @@ def halves(x: np.ndarray, dtype: int) -> np.ndarray:
 
 
 def run(
-    library: ctypes.CDLL, case: Case, seed: int = 0, prefix: str = "maskdiff_cuda_attention"
+    library: ctypes.CDLL,
+    case: Case,
+    seed: int = 0,
+    prefix: str = "maskdiff_cuda_attention",
+    on: type[Host] | type[Cuda] = Host,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """out [S, L, H * d], lse [H, T] and the gradient of qkv [S, L, 3, H, d]; 16-bit patterns but for lse."""
     qkv, gradient = case.data()
@@ -68,7 +71,7 @@ def run(
     strides = [stored.strides[case.order.index(axis)] // 2 for axis in range(4)]
     wide = np.full((sequences, length, heads * width + case.gap), 0xFFFF, np.uint16)
     wide[..., : heads * width] = gradient
-    memory, scale = Host(), ctypes.c_float(width**-0.5)
+    memory, scale = on(), ctypes.c_float(width**-0.5)
     pointer, grad_pointer = memory.put(stored), memory.put(wide)
     cu = memory.put(np.cumsum([0, *case.lengths]).astype(np.int32)) if case.ragged else None
     numbers = [len(case.lengths), max(case.lengths, default=0), tokens, heads, width, *strides, case.dtype, 0]
@@ -76,7 +79,7 @@ def run(
     out = memory.put(np.full((tokens, heads * width), 0xFFFF, np.uint16))
     lse = memory.put(np.full((heads, tokens), np.nan, np.float32))
     grad_qkv = memory.put(np.full(qkv.shape, 0xFFFF, np.uint16))
-    library.emulator_seed(ctypes.c_uint64(seed))
+    explain = set_up(library, on, seed)
     code = getattr(library, prefix)(given, scale, out, lse, 0, None)
     if not code:
         strides = [ctypes.c_int64(wide.strides[axis] // 2) for axis in (0, 1)]
@@ -89,7 +92,7 @@ def run(
         memory.take(grad_qkv, qkv.shape, np.uint16),
     )
     if code:
-        raise RuntimeError(library.wrapper_error(code).decode())
+        raise RuntimeError(explain(code))
     return results
 
 
@@ -112,15 +115,5 @@ CASES = {
 }
 
 
-def main() -> None:
-    """Runs the cases named, and says so."""
-    library = ctypes.CDLL(sys.argv[1])
-    library.wrapper_error.restype = ctypes.c_char_p
-    entries = [word.removeprefix("--entry=") for word in sys.argv if word.startswith("--entry=")]
-    for name in sys.argv[2 : len(sys.argv) - len(entries)]:
-        run(library, CASES[name], 3, *entries)
-        print(f"ran {name}")
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run, CASES)

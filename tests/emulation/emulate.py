@@ -35,12 +35,12 @@ def build(name: str, sources: list[Path], sanitizer: str = "") -> Path:
     return _compile(f"{name}-{sanitizer or 'plain'}", command)
 
 
-def build_for_gpus(name: str, sources: list[Path], *flags: str) -> Path:
-    """The same for every GPU architecture; the assembler's report stands beside it (.txt).
+def build_for_gpus(name: str, sources: list[Path], *flags: str, archs: tuple[int, ...] = ARCHS) -> Path:
+    """The same for GPUs of some architectures; the assembler's report stands beside it (.txt).
 
     Spilled registers, stack in a kernel and any warning are errors.
     """
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     strict = ["-Werror=all-warnings", "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"]
     shared = ["-shared", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
     return _compile(f"{name}-gpu", [*NVCC, *codes, *shared, *strict, *flags, *map(str, sources)])

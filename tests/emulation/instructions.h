@@ -109,6 +109,10 @@ EMULATOR void finish_copies(unsigned open_groups) {
   f.copies = kept;
 }
 
+EMULATOR void check_aligned(const void* at, size_t bytes, const char* what, int line) {
+  if (reinterpret_cast<uintptr_t>(at) % bytes) fail("%s, line %d: not %zu-byte aligned", what, line, bytes);
+}
+
 } // namespace emulator
 
 namespace ptx {
@@ -181,17 +185,14 @@ template <int N>
 EMULATOR void copy_wait() {
   emulator::finish_copies(N);
 }
-EMULATOR void check_aligned(const void* at, size_t bytes, const char* what, int line) {
-  if (reinterpret_cast<uintptr_t>(at) % bytes) emulator::fail("%s, line %d: not %zu-byte aligned", what, line, bytes);
-}
 template <class T>
 EMULATOR const T& whole(const void* at, HERE) {
-  check_aligned(at, sizeof(T), "whole", line);
+  emulator::check_aligned(at, sizeof(T), "whole", line);
   return *static_cast<const T*>(at);
 }
 template <int N>
 EMULATOR void store_words(void* to, const uint32_t (&x)[N], HERE) {
-  check_aligned(to, sizeof x, "store_words", line);
+  emulator::check_aligned(to, sizeof x, "store_words", line);
   IF_TSAN(__tsan_write_range(to, sizeof x);)
   __builtin_memcpy(to, x, sizeof x);
 }

@@ -1,17 +1,18 @@
-"""Runs noisy_patches' and denoising_loss' CUDA kernels in an emulated library, on exact-size, poisoned buffers.
+"""Runs noisy_patches' and denoising_loss' CUDA kernels on exact-size, poisoned buffers, in the emulator or on a GPU.
 
-    python tests/emulation/visible_cases.py LIBRARY OP CASE [CASE ...] [--prefix=NAME]
+    python tests/emulation/visible_cases.py LIBRARY CASE [CASE ...] [--entry=PREFIX] [--cuda]
 
-runs cases (see CASES) of one of the two ops, by the functions maskdiff_cuda_... or others, in a process of its own, as
-the sanitizers need it; it imports nothing but NumPy.
+runs both in cases (see CASES), by maskdiff_cuda_... or functions of another prefix, in a process of its own, as the
+sanitizers need it; it imports nothing but NumPy, and PyTorch for a GPU.
 """
 
 import ctypes
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from conformance import Host
+from conformance import Cuda, Host, run_cases, set_up
 
 FP32, BF16, FP16 = 0, 1, 2  # maskdiff_dtype
 TARGETS = ("eps", "x0", "v")  # maskdiff_target
@@ -82,7 +83,7 @@ class Case:
         weight, grads = np.linspace(0.5, 4, TIMESTEPS), random.standard_normal(2 * len(self.counts), np.float32)
         return x if self.dtype == FP32 else halves.astype(np.uint16), weight.astype(np.float32), grads
 
-    def put(self, memory: Host, arrays: dict[str, np.ndarray]) -> tuple[Samples, dict[str, ctypes.c_void_p]]:
+    def put(self, memory: Host | Cuda, arrays: dict[str, np.ndarray]) -> tuple[Samples, dict[str, ctypes.c_void_p]]:
         pointers = {name: memory.put(array) for name, array in arrays.items()}
         numbers = (IMAGES, self.rows, arrays["patches"].shape[1], *self.grid, self.patch, self.channels)
         visible = 0 if self.ragged else self.counts[0]
@@ -90,7 +91,7 @@ class Case:
         return Samples(*(pointers.get(name) for name in ARRAYS), *numbers, *counts), pointers
 
 
-def free(memory: Host, pointers: dict[str, ctypes.c_void_p]) -> None:
+def free(memory: Host | Cuda, pointers: dict[str, ctypes.c_void_p]) -> None:
     for pointer in pointers.values():
         memory.take(pointer, (0,), np.uint8)
 
@@ -100,23 +101,28 @@ def poison(shape: tuple[int, ...], dtype: int) -> np.ndarray:
     return np.full(shape, np.nan, np.float32) if dtype == FP32 else np.full(shape, 0xFFFF, np.uint16)
 
 
-def check(library: ctypes.CDLL, code: int) -> None:
+def check(code: int, explain: Callable[[int], str]) -> None:
     if code:
-        raise RuntimeError(library.wrapper_error(code).decode() if code >= 1000 else f"error {code}")
+        raise RuntimeError(explain(code))
 
 
 def noisy_patches(
-    library: ctypes.CDLL, case: Case, order: int = 0, prefix: str = "maskdiff_cuda_", **changed: np.ndarray
+    library: ctypes.CDLL,
+    case: Case,
+    order: int = 0,
+    prefix: str = "maskdiff_cuda_",
+    on: type[Host] | type[Cuda] = Host,
+    **changed: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
     """x_t [M, E], bit patterns for halves."""
-    memory, out = Host(), poison((sum(case.counts), case.size), case.dtype)
+    memory, out = on(), poison((sum(case.counts), case.size), case.dtype)
     samples, pointers = case.put(memory, case.arrays() | changed)
     to = memory.put(out)
-    library.emulator_seed(ctypes.c_uint64(order))
+    explain = set_up(library, on, order)
     code = getattr(library, f"{prefix}noisy_patches")(ctypes.byref(samples), to, case.dtype, 0, None)
     free(memory, pointers)
     result = memory.take(to, out.shape, out.dtype.type)
-    check(library, code)
+    check(code, explain)
     return (result,)
 
 
@@ -125,11 +131,12 @@ def denoising_loss(
     case: Case,
     order: int = 0,
     prefix: str = "maskdiff_cuda_",
+    on: type[Host] | type[Cuda] = Host,
     slot: int = 0,
     **changed: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
     """mean [1], per_sample [B], error and gradient [M, E] (bit patterns for halves)."""
-    memory, batch, total = Host(), len(case.counts), sum(case.counts)
+    memory, batch, total = on(), len(case.counts), sum(case.counts)
     samples, pointers = case.put(memory, case.arrays() | changed)
     prediction, weight, grads = case.prediction()
     wide = poison((total, case.size + case.gap), case.dtype)
@@ -138,7 +145,7 @@ def denoising_loss(
     pointers |= {name: memory.put(x) for name, x in (("prediction", wide), ("weight", weight), ("grads", grads))}
     outputs = [poison((1,), FP32), poison((batch,), FP32), *(poison((total, case.size), case.dtype) for _ in range(2))]
     mean, per_sample, error, gradient = map(memory.put, outputs)
-    library.emulator_seed(ctypes.c_uint64(order))
+    explain = set_up(library, on, order)
     count = getattr(library, f"{prefix}denoising_loss_workspace")
     count.restype = ctypes.c_int64
     pointers["workspace"] = memory.put(np.full(count(ctypes.byref(samples)), np.nan))
@@ -165,7 +172,7 @@ def denoising_loss(
         memory.take(pointer, x.shape, x.dtype.type)
         for pointer, x in zip((mean, per_sample, error, gradient), outputs, strict=True)
     ]
-    check(library, code)
+    check(code, explain)
     return tuple(outputs)
 
 
@@ -194,16 +201,11 @@ CASES = {
 LOSSES = [name for name, case in CASES.items() if case.noisy]
 
 
-def main() -> None:
-    """Runs the cases named, and says so."""
-    library = ctypes.CDLL(sys.argv[1])
-    library.wrapper_error.restype = ctypes.c_char_p
-    run = globals()[sys.argv[2]]
-    prefixes = [word.removeprefix("--prefix=") for word in sys.argv if word.startswith("--prefix=")]
-    for name in sys.argv[3 : len(sys.argv) - len(prefixes)]:
-        run(library, CASES[name], 3, *prefixes)
-        print(f"ran {name}")
+def run(library: ctypes.CDLL, case: Case, order: int, **options: Any) -> None:
+    noisy_patches(library, case, order, **options)
+    if case.noisy:
+        denoising_loss(library, case, order, **options)
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(run, CASES)

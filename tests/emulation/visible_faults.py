@@ -44,7 +44,7 @@ FAULTS = (
     Fault("mean over the parts", LOSS, "<double>(samples.batch)", "<double>(samples.batch * parts)"),
     Fault("another sample's gradient", LOSS, "[b * s.grad_stride]", "[b]"),
     Fault("mean's gradient not shared out", LOSS, "*s.grad_mean / static_cast<float>(s.batch)", "*s.grad_mean"),
-    Fault("sum stored after the arrival", LOSS, SUM + ARRIVAL, ARRIVAL + SUM, 0, "thread", "ones"),
+    Fault("sum stored after the arrival", LOSS, SUM + ARRIVAL, ARRIVAL + SUM, 0, "thread", "twelve"),
     Fault("reads past the images", VISIBLE, "if (k < quad.count) bytes", "bytes", 0, "address", "ones"),
     Fault("stores past the gradient", NUMBERS, "if (k >= count) break;", "", 0, "address", "one"),
     Fault("words not aligned", VISIBLE, "s.stride % 4 == 0 && ", ""),

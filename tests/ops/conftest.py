@@ -1,18 +1,24 @@
 """Implementations and inputs of the op tests."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import emulate
 import pytest
 import torch
+from placing import here
 from torch import Tensor
 
 import maskdiff_kernels as mk
 from maskdiff_kernels import dispatch, library
 
 TIMESTEPS = 50
+ON_CUDA, EMULATOR = "on-cuda", "emulated"
+EMULATED = ("noisy_patches", "denoising_loss")  # ops whose CUDA kernels run here too, in the emulator
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products on a GPU take
 
 
 @pytest.fixture(params=library.cpu_levels())
@@ -22,26 +28,52 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-IMPLEMENTATIONS = ["reference", *(f"cpp-{name}" for name in library.cpu_levels())]
-EMULATED = ("noisy_patches", "denoising_loss")  # ops whose CUDA kernels run here too, in the emulator
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives `implementation` its values, but where a module or a test has its own."""
-    marked = any("implementation" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if "implementation" not in metafunc.fixturenames or marked or hasattr(metafunc.module, "implementation"):
-        return
-    op = metafunc.module.__name__.rpartition("test_")[2]
-    emulated = ["cuda"] if op in EMULATED and not emulate.no_emulator() else []
-    metafunc.parametrize("implementation", [*IMPLEMENTATIONS, *emulated], indirect=True)
+    """A test's `implementation`: each backend of its op, on each device that it takes."""
+    if "implementation" in metafunc.fixturenames:
+        path = metafunc.definition.path
+        found = implementations(backends_of(path))
+        if path.stem.removeprefix("test_") in EMULATED and not emulate.no_emulator():
+            found.append(f"cuda-{EMULATOR}")
+        metafunc.parametrize("implementation", found, indirect=True)
+
+
+def backends_of(path: Path) -> dict[str, dispatch.Implementation]:
+    """Those of the op that test_<op>.py is named after; elsewhere those that all ops of images have."""
+    return dispatch._OPS.get(path.stem.removeprefix("test_"), dispatch._OPS["denoising_loss"])
+
+
+def implementations(backends: dict[str, dispatch.Implementation]) -> list[str]:
+    """ "cpp-avx2", ... for every instruction set; "reference"; "cuda-on-cuda", "reference-on-cuda", ... on a GPU."""
+    found = []
+    for name, known in backends.items():
+        if name == "cpp":
+            found += [f"cpp-{level}" for level in library.cpu_levels()]
+        elif known.can_run("cpu")[0]:
+            found.append(name)
+        if not known.devices or "cuda" in known.devices:
+            found.append(f"{name}-{ON_CUDA}")
+    return found
 
 
 @pytest.fixture
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each value of `backend` that can run here; C++ at each instruction set, CUDA C++ in the emulator."""
-    backend, _, name = request.param.partition("-")
-    with cuda_on_cpu() if backend == "cuda" else library.use_cpu_level(name or library.cpu_level()):
-        yield backend
+    """A value of `backend`. New tensors stand on the device that it is to run on: ask for this fixture first."""
+    backend, _, where = request.param.partition("-")
+    if where == ON_CUDA:
+        able, reason = backends_of(request.path)[backend].can_run("cuda")
+        if not torch.cuda.is_available():
+            pytest.skip("PyTorch sees no CUDA device")
+        if not able:
+            pytest.skip(f"{backend}: {reason}")
+        with torch.device("cuda"):
+            yield backend
+    elif where == EMULATOR:
+        with cuda_on_cpu():
+            yield backend
+    else:
+        with library.use_cpu_level(where or library.cpu_level()):
+            yield backend
 
 
 @contextmanager
@@ -68,7 +100,8 @@ def make_store() -> Callable[..., mk.Store]:
     ) -> mk.Store:
         size, count = patch * patch * channels, grid[0] * grid[1]
         generator = torch.Generator().manual_seed(1)
-        flat = torch.randint(0, 256, (images, count * size + pad), dtype=torch.uint8, generator=generator)
+        shape = (images, count * size + pad)
+        flat = here(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device="cpu"))
         return mk.Store(flat[:, : count * size].unflatten(1, (count, size)), grid, patch)
 
     return make
@@ -82,14 +115,16 @@ def make_batch() -> Callable[..., mk.Batch]:
         patches = store.grid[0] * store.grid[1]
         counts = [visible] * batch if isinstance(visible, int) else visible
         generator = torch.Generator().manual_seed(2)
-        kept = [torch.randperm(patches, generator=generator)[:count].sort().values.int() for count in counts]
+        draw = {"generator": generator, "device": "cpu"}
+        kept = [torch.randperm(patches, **draw)[:count].sort().values.int() for count in counts]
+        image_ids = torch.randint(0, len(store.patches), (len(counts),), **draw)
         return mk.Batch(
             n=torch.arange(first, first + len(counts)),
-            image_ids=torch.randint(0, len(store.patches), (len(counts),), generator=generator),
-            keep_ids=torch.stack(kept) if isinstance(visible, int) else torch.cat(kept),
+            image_ids=here(image_ids),
+            keep_ids=here(torch.stack(kept) if isinstance(visible, int) else torch.cat(kept)),
             cu_patches=None if isinstance(visible, int) else torch.tensor([0, *counts]).cumsum(0).int(),
             flip=torch.arange(len(counts)) % 2 == 1,
-            timestep=torch.randint(0, TIMESTEPS, (len(counts),), generator=generator),
+            timestep=here(torch.randint(0, TIMESTEPS, (len(counts),), **draw)),
             drop_label=torch.zeros(len(counts), dtype=torch.bool),
         )
 

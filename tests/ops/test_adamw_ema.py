@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from placing import here
 from torch import Tensor, nn
 
 import maskdiff_kernels as mk
@@ -16,12 +17,8 @@ from maskdiff_kernels.ops.adamw_ema.state import Update, flatten
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NUMBERS = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.3, "ema_decay": 0.75, "ema2_decay": 0.25}
 FLATS = ("master", "exp_avg", "exp_avg_sq", "ema", "ema2")
-SIZES = [(1,), (15, 16, 17), (1, 512, 511, 513, 7), (16383, 16384, 16385, 3), (1_000_003,)]
+SIZES = [(1,), (15, 16, 17), (1, 512, 511, 513, 7), (4095, 4096, 4097), (16383, 16384, 16385, 3), (1_000_003,)]
 BOUNDS = (math.inf, 0.5, 1e6, 0.1, 3.0)  # of each step: none, reached or not
-
-every = pytest.mark.parametrize(
-    "implementation", ["reference", "torch", *(f"cpp-{name}" for name in library.cpu_levels())], indirect=True
-)
 
 
 def make(sizes: Sequence[int], low: torch.dtype | None = None, gap: int = 0, two: bool = True) -> mk.AdamState:
@@ -29,7 +26,7 @@ def make(sizes: Sequence[int], low: torch.dtype | None = None, gap: int = 0, two
     generator = torch.Generator().manual_seed(len(sizes))
     offsets = [gap + sum(sizes[:i]) + gap * i for i in range(len(sizes))]
     total = offsets[-1] + sizes[-1] + gap
-    master, exp_avg, exp_avg_sq = (torch.randn(total, generator=generator) for _ in range(3))
+    master, exp_avg, exp_avg_sq = (here(torch.randn(total, generator=generator, device="cpu")) for _ in range(3))
     counts = {"adam_step": torch.tensor(3.0), "ema_step": torch.tensor(1.0)}
     ends = {"offsets": offsets, "sizes": list(sizes), "decays": [i % 2 == 0 for i in range(len(sizes))]}
     state = mk.AdamState(master, 0.1 * exp_avg, exp_avg_sq.square(), master + 1, **counts, **ends)
@@ -47,7 +44,8 @@ def clone(state: mk.AdamState, dtype: torch.dtype = FP32) -> mk.AdamState:
 
 def gradients(state: mk.AdamState, step: int, dtypes: Sequence[torch.dtype] = (FP32,)) -> list[Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    return [torch.randn(size, generator=generator).to(dtypes[i % len(dtypes)]) for i, size in enumerate(state.sizes)]
+    drawn = [here(torch.randn(size, generator=generator, device="cpu")) for size in state.sizes]
+    return [grad.to(dtypes[i % len(dtypes)]) for i, grad in enumerate(drawn)]
 
 
 def hyper(step: int, bound: float = math.inf) -> Tensor:
@@ -92,7 +90,7 @@ class Plain:
         self.optimizer = torch.optim.AdamW(groups, betas=NUMBERS["betas"], eps=NUMBERS["eps"], foreach=False)
         for i, p in enumerate(self.params):
             moments = {name: cut[name][i] for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = {"step": state.adam_step.clone(), **moments}
+            self.optimizer.state[p] = {"step": state.adam_step.to("cpu", copy=True), **moments}
         self.emas = {"ema": cut["ema"], "ema2": cut["ema2"]}
 
     def step(self, grads: list[Tensor], hyper: Tensor) -> Tensor:
@@ -124,7 +122,6 @@ class Plain:
 # ---- the truth ----
 
 
-@every
 @pytest.mark.parametrize("low", [None, BF16, FP16])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
 @pytest.mark.usefixtures("poisoned")
@@ -139,8 +136,8 @@ def test_against_float64(implementation, sizes, low):
         plain.step(grads, numbers)
         norm, skipped = mk.adamw_ema(state, grads, numbers, **NUMBERS, backend=implementation)
         assert norm.dtype == skipped.dtype == FP32 and norm.shape == skipped.shape == () and skipped == 0
-        terms = min(sum(sizes), 32 if implementation == "cpp" else 2**30)  # that float32 adds up one after another
-        assert abs(norm - exact_norm) <= (terms / 2 + 2) * 2**-24 * exact_norm
+        roundings = 70 if implementation == "cpp" else sum(sizes)  # of a square's way into the sum, in float32
+        assert abs(norm - exact_norm) <= (roundings / 2 + 1) * 2**-24 * exact_norm
         for (name, exact), peer in zip(truth.flats().items(), plain.flats().values(), strict=True):
             error, peer_error = ((x.double() - exact).abs().max() for x in (parts(state, getattr(state, name)), peer))
             print(f"{step} {name}: {error:.2e}, plain PyTorch {peer_error:.2e}")
@@ -150,7 +147,7 @@ def test_against_float64(implementation, sizes, low):
             assert torch.equal(state.low, state.master[: len(state.low)].to(low)) or state.master.isnan().any()
 
 
-@pytest.mark.parametrize("sizes", SIZES[:3])
+@pytest.mark.parametrize("sizes", SIZES[:4])
 def test_the_reference_in_float64_is_plain_adamw(sizes):
     state = make(sizes)
     mine, plain = clone(state, torch.float64), Plain(state, torch.float64)
@@ -163,7 +160,6 @@ def test_the_reference_in_float64_is_plain_adamw(sizes):
             torch.testing.assert_close(getattr(mine, name), exact, rtol=1e-12, atol=1e-13)
 
 
-@every
 def test_every_implementation_gives_the_same_trajectory(implementation):
     """From the state of the reference in float64, rounded, before each step: one step differs by roundings alone."""
     exact = clone(make((300, 17, 1000), BF16), torch.float64)
@@ -176,7 +172,6 @@ def test_every_implementation_gives_the_same_trajectory(implementation):
             torch.testing.assert_close(getattr(state, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-6)
 
 
-@every
 @pytest.mark.parametrize("seen", [0, 1, 7, 26, 27, 28, 10_000_000])
 def test_decay_of_the_averages_rises(implementation, seen):
     """(1 + k) / (10 + k) up to the final decay, which 0.75 is from k = 26 on; its own count, not AdamW's."""
@@ -190,7 +185,6 @@ def test_decay_of_the_averages_rises(implementation, seen):
     assert state.ema_step == seen + 1 and state.adam_step == 4
 
 
-@every
 def test_zero_gradients_and_a_bound_of_zero(implementation):
     state = make((40, 9))
     old = clone(state)
@@ -205,7 +199,6 @@ def test_zero_gradients_and_a_bound_of_zero(implementation):
 # ---- skipping ----
 
 
-@every
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize(("segment", "element"), [(0, 0), (1, 16), (2, 699)])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
@@ -225,7 +218,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(implementation, bad, segm
     assert same_bits(state, before)
 
 
-@every
 def test_the_sum_of_squares_must_be_finite_in_float32(implementation):
     """Each square is; so is the norm itself."""
     state = make((1000,))
@@ -239,7 +231,6 @@ def test_the_sum_of_squares_must_be_finite_in_float32(implementation):
 # ---- layouts ----
 
 
-@every
 @pytest.mark.parametrize("low", [None, BF16])
 def test_a_flat_gradient_is_a_list_of_its_parts(implementation, low):
     state = make((5, 600, 33), low, gap=11)
@@ -254,7 +245,6 @@ def test_a_flat_gradient_is_a_list_of_its_parts(implementation, low):
     assert torch.equal(*norms) and same_bits(state, other)
 
 
-@every
 def test_what_lies_between_parameters_has_no_influence(implementation):
     """A parameter of any rank, gaps of NaN."""
     state = make((6, 40, 512), BF16, gap=5)
@@ -287,7 +277,6 @@ def test_the_compiled_code_leaves_gaps_and_gradients_alone(name):
             assert torch.equal(getattr(state, flat)[hole], getattr(before, flat)[hole])
 
 
-@every
 @pytest.mark.parametrize("length", [0, 1, 17, 18, 600, 700, 720])
 def test_the_copy_ends_where_it_ends(implementation, length):
     """Also within a parameter; what lies behind it in memory is left alone."""
@@ -297,7 +286,6 @@ def test_the_copy_ends_where_it_ends(implementation, length):
     assert torch.equal(memory[:length], state.master[:length].bfloat16()) and (memory[length:] == 7).all()
 
 
-@every
 def test_one_average_or_two(implementation):
     """The second changes nothing else."""
     two = make((100, 30), BF16)

@@ -1,26 +1,24 @@
 """attention: fp64 truth of the output and its gradient, ragged against one by one, layouts, the same bits, errors."""
 
 import ctypes
-import functools
 import inspect
 import itertools
 import os
 import shutil
 import subprocess
 import types
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_truth import attend, both, check, offsets, plain, random
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskdiff_kernels as mk
 from maskdiff_kernels import dispatch, library
-from maskdiff_kernels.ops.attention import cpp, cuda, sdpa, xformers
+from maskdiff_kernels.ops.attention import cpp, cuda, sdpa, triton_host, xformers
 from maskdiff_kernels.ops.attention import op as attention_op
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,81 +30,15 @@ MIXES = [[0, 5, 0, 33, 1, 0, 17], [27] * 4, [3, 2, 300, 4, 1], [2, 65, 64, 66, 6
 OTHERS = ["sdpa", "explicit"]
 
 
-@pytest.fixture(params=["reference", *OTHERS, *(f"cpp-{name}" for name in library.cpu_levels())])
-def implementation(request):
-    """Each value of `backend` that can run here; C++ at each instruction set."""
-    backend, _, name = request.param.partition("-")
-    with library.use_cpu_level(name or library.cpu_level()):
-        yield backend
+def taken(backend: str, qkv: Tensor, length: int | None = None) -> bool:
+    """Whether an implementation takes such a tensor: some are for short sequences, 16-bit numbers or whole vectors."""
+    can_take = getattr(dispatch._OPS["attention"][backend].module, "can_take", None)
+    return can_take is None or can_take(qkv, qkv.shape[1] if length is None else length)[0]
 
 
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def offsets(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
-
-
-def plain(qkv: Tensor, scale: float | None = None) -> Tensor:  # [B, L, 3, H, d] -> [B, L, H * d]
-    """Attention as one would write it in PyTorch, in the input's dtype."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    scores = q @ k.transpose(-2, -1) * (qkv.shape[-1] ** -0.5 if scale is None else scale)
-    return (torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2)
-
-
-def builtin(qkv: Tensor, scale: float | None = None) -> Tensor:
-    """The same by PyTorch's own function."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
-
-
-def ragged(qkv: Tensor, lengths: Sequence[int], one=plain) -> Tensor:  # [T, 3, H, d] -> [T, H * d]
-    """One sequence at a time."""
-    return torch.cat([qkv[:0].sum(1).flatten(1), *(one(part[None])[0] for part in qkv.split(list(lengths)))])
-
-
-def both(function, qkv: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    """The output of a function of qkv, and the gradient of qkv."""
-    qkv = qkv.detach().requires_grad_()
-    out = function(qkv)
-    return out.detach(), torch.autograd.grad(out, qkv, grad_out)[0]
-
-
-def check(
-    qkv: Tensor,
-    grad_out: Tensor,
-    got: tuple[Tensor, Tensor],
-    lengths: Sequence[int] | None = None,
-    scale: float | None = None,
-    backend: str = "",
-) -> None:
-    """Errors at most twice (gradients: three times) those of plain PyTorch in the same dtype, plus one rounding."""
-
-    def run(one, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = functools.partial(one, scale=scale)
-        return both(lambda y: scaled(y) if lengths is None else ragged(y, lengths, scaled), x, grad)
-
-    truth = run(plain, qkv.double(), grad_out.double())
-    # "sdpa" is plain PyTorch too, less exact than explicit products where one key has all: it is held to both
-    peers = [run(one, qkv, grad_out) for one in ((plain, builtin) if backend == "sdpa" else (plain,))]
-    for i, (name, factor) in enumerate((("out", 2), ("grad", 3))):
-        exact, kernel = truth[i], got[i]
-        assert kernel.dtype == qkv.dtype and kernel.shape == exact.shape
-        if exact.numel() == 0:
-            continue
-        error, *peer_errors = ((x.double() - exact).abs().max().item() for x in (kernel, *(peer[i] for peer in peers)))
-        rounding = torch.finfo(qkv.dtype).eps / 2 * exact.abs().max().item()
-        shape = lengths or list(qkv.shape)
-        print(f"{shape} {qkv.dtype} {name}: {error:.2e}, plain PyTorch {max(peer_errors):.2e}, rounding {rounding:.2e}")
-        assert error <= factor * max(peer_errors) + rounding  # false for NaN
-
-
-def attend(backend: str, lengths: Sequence[int] | None = None, **options):
-    """The op as a function of qkv alone."""
-    if lengths is not None:
-        options |= {"cu_seqlens": offsets(lengths), "max_seqlen": options.get("max_seqlen", max(lengths, default=0))}
-    return functools.partial(mk.attention, backend=backend, **options)
+def some_dtype(backend: str) -> torch.dtype:
+    """float32 where the implementation takes it."""
+    return torch.float32 if taken(backend, random(1, 1, 3, 1, 64)) else torch.bfloat16
 
 
 # ---- truth ----
@@ -116,7 +48,11 @@ def attend(backend: str, lengths: Sequence[int] | None = None, **options):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.usefixtures("poisoned")
 def test_against_float64(implementation, width, dtype):
-    for length in WIDTHS[width] if implementation not in OTHERS else WIDTHS[width][:5]:
+    lengths = WIDTHS[width] if implementation not in OTHERS else WIDTHS[width][:5]
+    lengths = [n for n in lengths if taken(implementation, random(1, n, 3, 1, width, dtype=dtype))]
+    if not lengths:
+        pytest.skip(f"{implementation} takes no {dtype} [.., 3, H, {width}]")
+    for length in lengths:
         qkv = random(2, length, 3, 5, width, dtype=dtype)
         grad_out = random(2, length, 5 * width, dtype=dtype, seed=1)
         check(qkv, grad_out, both(attend(implementation), qkv, grad_out), backend=implementation)
@@ -137,27 +73,31 @@ def test_log_sum_exp(level, dtype):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, -0.7])
 def test_scale(implementation, scale):
-    qkv, grad_out = random(2, 37, 3, 3, 32), random(2, 37, 96, seed=1)
+    dtype = some_dtype(implementation)
+    qkv, grad_out = random(2, 37, 3, 3, 32, dtype=dtype), random(2, 37, 96, dtype=dtype, seed=1)
     got = both(attend(implementation, scale=scale), qkv, grad_out)
     check(qkv, grad_out, got, scale=scale, backend=implementation)
 
 
 def test_one_key_has_all(implementation):
     """Scores of hundreds: no exponential overflows, no row is lost, and keys that are not there do not count."""
+    dtype = some_dtype(implementation)
     for sign, length in itertools.product((1, -1), (2, 9, 17, 33)):
-        qkv, grad_out = random(1, length, 3, 2, 64), random(1, length, 128, seed=1)
+        qkv, grad_out = random(1, length, 3, 2, 64, dtype=dtype), random(1, length, 128, dtype=dtype, seed=1)
         qkv[:, :, 0], qkv[:, :, 1] = 5.0, sign * 5.0
         qkv[:, 0, 1] += 1.0  # scores of 200 or -200, key 0's 40 more
         out, grad = both(attend(implementation), qkv, grad_out)
         assert torch.equal(out, qkv[:, :1, 2].flatten(2).expand_as(out))
         expected = torch.zeros_like(grad)
-        expected[:, 0, 2] = grad_out.double().sum(1).unflatten(1, (2, 64))
-        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
+        expected[:, 0, 2] = grad_out.double().sum(1).unflatten(1, (2, 64)).to(dtype)
+        tolerance = max(1e-5, torch.finfo(dtype).eps)
+        torch.testing.assert_close(grad, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_not_a_number_stays_in_its_sequence(implementation):
     lengths = [5, 40, 0, 3]
-    qkv, grad_out = random(48, 3, 2, 64), random(48, 128, seed=1)
+    dtype = some_dtype(implementation)
+    qkv, grad_out = random(48, 3, 2, 64, dtype=dtype), random(48, 128, dtype=dtype, seed=1)
     qkv[20, 1, 0, 7] = torch.nan  # a key of sequence 1, head 0
     got = both(attend(implementation, lengths), qkv, grad_out)
     clean = torch.ones(48, 2, dtype=torch.bool)
@@ -172,9 +112,13 @@ def test_not_a_number_stays_in_its_sequence(implementation):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("poisoned")
 def test_ragged_is_one_by_one(implementation, dtype):
+    if not taken(implementation, random(1, 1, 3, 1, 64, dtype=dtype)):
+        pytest.skip(f"{implementation} takes no {dtype}")
     for lengths in MIXES:
         qkv = random(sum(lengths), 3, 3, 64, dtype=dtype)
         grad_out = random(sum(lengths), 192, dtype=dtype, seed=1)
+        if not taken(implementation, qkv, max(lengths, default=0)):
+            continue
         out, grad = both(attend(implementation, lengths), qkv, grad_out)
         check(qkv, grad_out, (out, grad), lengths, backend=implementation)
         if implementation == "cpp":
@@ -190,11 +134,24 @@ def test_ragged_is_one_by_one(implementation, dtype):
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
 def test_nothing_to_do(implementation, shape):
-    out, grad = both(attend(implementation), random(*shape, 3, 2, 32), random(*shape, 64))
+    dtype = some_dtype(implementation)
+    qkv, grad_out = random(*shape, 3, 2, 32, dtype=dtype), random(*shape, 64, dtype=dtype)
+    out, grad = both(attend(implementation), qkv, grad_out)
     assert out.shape == (*shape, 64) and grad.shape == (*shape, 3, 2, 32)
 
 
 # ---- layouts, determinism ----
+
+
+def test_runs_twice_alike(implementation):
+    """Of ours: PyTorch's own may add up in any order on a GPU."""
+    if implementation in (*OTHERS, "xformers"):
+        pytest.skip("PyTorch's own")
+    for lengths in ([130] * 3, [5, 0, 257, 1, 66]):
+        qkv = random(sum(lengths), 3, 3, 64, dtype=torch.bfloat16)
+        grad_out = random(sum(lengths), 192, dtype=torch.bfloat16, seed=1)
+        first, again = (both(attend(implementation, lengths), qkv, grad_out) for _ in range(2))
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
 def layouts(dtype: torch.dtype) -> list[Tensor]:
@@ -229,11 +186,12 @@ def test_strides(level, dtype):
         assert torch.equal(got[0], dense[0]) and torch.equal(got[1], dense[1])
 
 
-@pytest.mark.parametrize("backend", ["reference", *OTHERS])
-def test_strides_of_other_implementations(backend):
-    for qkv in layouts(torch.float32):
-        grad_out = random(2, 33, 300, seed=1)[..., 5:261]
-        check(qkv, grad_out, both(attend(backend), qkv, grad_out), backend=backend)
+def test_strides_of_every_implementation(implementation):
+    dtype = some_dtype(implementation)
+    for qkv in layouts(dtype):
+        if taken(implementation, qkv):
+            grad_out = random(2, 33, 300, dtype=dtype, seed=1)[..., 5:261]
+            check(qkv, grad_out, both(attend(implementation), qkv, grad_out), backend=implementation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -375,21 +333,23 @@ def test_compile_for_any_length():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(implementation, dtype):
     qkv, grad_out = random(2, 9, 3, 2, 32, dtype=dtype), random(2, 9, 64, dtype=dtype, seed=1)
+    if not taken(implementation, qkv):
+        pytest.skip(f"{implementation} takes no {dtype}")
     expected = both(attend(implementation), qkv, grad_out)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(qkv.device.type, torch.bfloat16):
         got = both(attend(implementation), qkv, grad_out)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1]) and got[0].dtype == dtype
 
 
 def test_second_derivative_is_an_error(implementation):
-    qkv = random(2, 9, 3, 2, 32).requires_grad_()
+    qkv = random(2, 9, 3, 2, 32, dtype=some_dtype(implementation)).requires_grad_()
     out = mk.attention(qkv, backend=implementation)
     with pytest.raises(RuntimeError, match="attention has no second derivative"):
         torch.autograd.grad(out.sum(), qkv, create_graph=True)
 
 
 def test_the_registered_op_does_not_pass_for_differentiable(implementation):
-    qkv = random(2, 9, 3, 2, 32).requires_grad_()
+    qkv = random(2, 9, 3, 2, 32, dtype=some_dtype(implementation)).requires_grad_()
     out, _ = torch.ops.maskdiff.attention.default(qkv, None, None, None, implementation)
     assert not out.requires_grad
 
@@ -445,22 +405,32 @@ def test_errors_of_the_backward():
 
 
 def test_choice():
-    assert list(mk.backends("attention")) == ["cuda", "cpp", "sdpa", "reference", "explicit", "xformers"]
+    names = ["cuda", "cpp", "triton", "sdpa", "reference", "explicit", "xformers"]
+    assert list(mk.backends("attention")) == names
     assert dispatch.choice("attention", "cpu") == os.environ.get("MASKDIFF_KERNELS", "cpp")
-    with pytest.raises(ValueError, match="^backend: got 'flash', attention takes auto or one of cuda, cpp, sdpa"):
+    with pytest.raises(ValueError, match="^backend: got 'flash', attention takes auto or one of cuda, cpp, triton"):
         mk.attention(random(2, 5, 3, 2, 32), backend="flash")
-    for name in ("cuda", "xformers"):
+    for name in ("cuda", "triton", "xformers"):
         with pytest.raises(ValueError, match=f"^backend: '{name}' of attention takes cuda tensors, not cpu"):
             mk.attention(random(2, 5, 3, 2, 32), backend=name)
 
 
-def test_where_cuda_cannot_another_runs(monkeypatch):
-    """Its kernels have limits of length, width and dtype: auto goes on with PyTorch's own, a request is an error."""
+@pytest.mark.parametrize("there", [True, False])
+def test_where_cuda_cannot_another_runs(monkeypatch, there):
+    """Its kernels have limits of length, width and dtype: auto goes on with Triton or PyTorch's own."""
+
+    def load() -> str:
+        if not there:
+            raise library.LibraryError("triton is not there")
+        return "Triton"
+
     monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
-    monkeypatch.setattr(dispatch, "choose", lambda op, device, backend: cuda)
+    monkeypatch.setattr(dispatch, "choose", lambda op, device, backend, length: cuda)
+    monkeypatch.setattr(triton_host, "load", load)
+    monkeypatch.setattr(attention_op, "_where_cuda_cannot", attention_op._where_cuda_cannot.__wrapped__)
     short, long = random(1, 5, 3, 2, 64, dtype=torch.bfloat16), random(1, 300, 3, 2, 64, dtype=torch.bfloat16)
     chosen = [attention_op._choose(x, None, x.shape[1], "auto") for x in (short, long, short.float())]
-    assert chosen == [cuda, sdpa, sdpa]
+    assert chosen == [cuda, *[triton_host if there else sdpa] * 2]
     assert attention_op._choose(long, None, 300, "cuda") is cuda
     with pytest.raises(ValueError, match="^backend: 'cuda' of attention takes at most 288 tokens, not 300"):
         cuda.run(long, None, None, 0.125)
@@ -508,7 +478,7 @@ def test_flops_are_counted_by_length():
     for qkv, lengths in ((equal, [5, 5, 5]), (packed, [7, 0, 4])):
         cu = torch.tensor([0, *lengths]).cumsum(0).int() if qkv is packed else None
         for products, part in ((4, "forward"), (14, "both")):
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=mk.FLOPS) as counter:
                 out = mk.attention(qkv, cu, None if cu is None else 7)
                 if part == "both":
                     out.sum().backward()

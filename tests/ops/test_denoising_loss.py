@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from placing import here
 
 import maskdiff_kernels as mk
 from maskdiff_kernels import library
@@ -20,7 +21,8 @@ LENGTHS = [1, 2, 15, 16, 17, 25, 33, 49, 63, 64, 65, 66, 77, 100, 127, 128, 129,
 
 def predict(batch: mk.Batch, size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(4)
-    return torch.randn(*batch.keep_ids.shape, size, generator=generator).to(dtype).requires_grad_()
+    drawn = torch.randn(*batch.keep_ids.shape, size, generator=generator, device="cpu")
+    return here(drawn).to(dtype).requires_grad_()
 
 
 def plain_loss(prediction, eps, pixels, samples, target, weight):
@@ -112,7 +114,7 @@ def test_gradient_is_that_of_finite_differences(implementation, seed, make_store
     store = make_store()
     batch = make_batch(store, 5, batch=2)
     prediction = predict(batch, 48)
-    direction = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(5))
+    direction = here(torch.randn(prediction.shape, generator=torch.Generator().manual_seed(5), device="cpu"))
 
     def loss(at):
         return mk.denoising_loss(at, store, batch, alpha_sigma, seed, "eps", weight, implementation)[0]

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 import maskdiff_kernels as mk
-from maskdiff_kernels import dispatch, library
+from maskdiff_kernels import dispatch, library, philox
 from maskdiff_kernels.ops import structs
+from maskdiff_kernels.ops.attention import cpp, explicit, sdpa
 
 HEADER = Path(library.__file__).resolve().parent.parent / "csrc" / "maskdiff_kernels.h"
 OPS = ("draw_batch", "noisy_patches", "denoising_loss")
@@ -92,7 +94,7 @@ def test_unknown_level_in_the_environment(monkeypatch):
 PROGRAM = """
 import hashlib, json, sys, torch
 import maskdiff_kernels as mk
-heavy = {"torchmetrics", "diffusers", "sklearn", "tyro", "matplotlib", "scipy", "triton", "maskdiff"} & set(sys.modules)
+heavy = {"triton", "torchmetrics", "diffusers", "sklearn", "tyro", "matplotlib", "scipy", "maskdiff"} & set(sys.modules)
 seed, store = torch.tensor([3]), mk.Store(torch.arange(7 * 256 * 48).view(7, 256, 48).byte(), (16, 16), 4)
 digests = []
 for counts in ((100,), (1, 256, 30, 9)):
@@ -164,6 +166,23 @@ def test_broken_library(monkeypatch, tmp_path):
         draw("cpp")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+def test_counted_words_on_cuda():
+    """The CUDA library's smallest kernel gives the words of the reference."""
+    seed, n, blocks = torch.tensor([-(2**61) - 5]), torch.tensor([0, 1, 2**33 + 7]), 300
+    words = torch.empty(3, blocks, 4, dtype=torch.int32, device="cuda")
+    sums = torch.empty(3, dtype=torch.int32, device="cuda")
+    on_card = seed.cuda(), n.cuda()
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*on_card, words, sums)]
+    code = library.cuda().maskdiff_cuda_count_words(
+        *pointers[:2], ctypes.c_int64(3), philox.NOISE, ctypes.c_int64(blocks), *pointers[2:], 0, None
+    )
+    assert code == 0
+    expected = philox.words(seed, n[:, None], philox.NOISE, torch.arange(blocks))
+    assert torch.equal(words.cpu().long() & 0xFFFFFFFF, expected)
+    assert torch.equal(sums.cpu().long() & 0xFFFFFFFF, expected.sum((1, 2)) & 0xFFFFFFFF)
+
+
 # ---- choice of implementation ----
 
 
@@ -177,7 +196,7 @@ def test_choice(monkeypatch):
         with pytest.raises(ValueError, match=rf"^backend: 'cpp' of {op} takes cpu tensors, not meta"):
             dispatch.choice(op, "meta", "cpp")
         backends = mk.backends(op)
-        if op != "draw_batch":
+        if "cuda" in backends:
             able, reason = backends.pop("cuda")
             assert able or re.search("the CUDA kernels were not built|is stale|sees no CUDA device", reason)
         assert backends == {
@@ -194,10 +213,77 @@ def test_choice(monkeypatch):
         mk.backends("sum")
 
 
-def test_table_names_what_is_there():
-    for table in dispatch._table().values():
-        for op, name in table.items():
-            assert name in mk.backends(op)
+def test_the_committed_table_is_sound():
+    table = dispatch.read_table((Path(dispatch.__file__).parent / "choices.json").read_text())
+    assert set(table["cpu"]) == set(table["cuda"]) == {"adamw_ema", "attention", *OPS}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"gpu": {}}, r"got 'gpu', takes devices such as .*cuda:9\.0"),
+        ({"cpu:sse9": {}}, "got 'cpu:sse9', takes devices"),
+        ({"cpu": {"sum": "cpp"}}, "cpu: got op 'sum', takes one of adamw_ema, attention, draw_batch"),
+        ({"cuda:9.0": {"draw_batch": "cpp"}}, "cuda:9.0: draw_batch: got 'cpp', takes one of reference"),
+        ({"cpu": {"draw_batch": [[None, "cpp"]]}}, r'draw_batch: got \[\[null, "cpp"\]\], takes a name$'),
+        ({"cpu": {"attention": [[16, "cpp"], [None, "flash"]]}}, "attention: got 'flash', takes one of cpp, sdpa"),
+        *(
+            ({"cpu": {"attention": entry}}, "attention: got .*, takes a name, or .* pairs that rise and end with null")
+            for entry in (
+                None, 5, [], [[16, "cpp"]], [["16", "cpp"], [None, "sdpa"]], [[16.5, "cpp"], [None, "sdpa"]],
+                [[16, "cpp"], [16, "sdpa"], [None, "cpp"]], [[0, "cpp"], [None, "sdpa"]], [[None, "cpp", 1]],
+                [[None, "cpp"], [None, "cpp"]], ["cpp"], [[None, None]],
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_tables_of_another_form(table, message):
+    with pytest.raises(ValueError, match=f"^choices.json: {message}" if "cpu" not in table else message):
+        dispatch.read_table(json.dumps(table))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_choice_may_depend_on_the_length(monkeypatch):
+    monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
+    by_length = ((16, "cpp"), (65, "explicit"), (math.inf, "sdpa"))
+    monkeypatch.setattr(dispatch, "_table", lambda: {"cpu": {"attention": by_length, "draw_batch": "cpp"}})
+    ran = []
+
+    def spied(name: str, run):
+        return lambda *arguments: (ran.append(name), run(*arguments))[1]
+
+    for name, module in (("cpp", cpp), ("explicit", explicit), ("sdpa", sdpa)):
+        for function in ("run", "run_backward"):
+            monkeypatch.setattr(module, function, spied(name, getattr(module, function)))
+    for length, expected in ((1, "cpp"), (16, "cpp"), (17, "explicit"), (65, "explicit"), (66, "sdpa"), (999, "sdpa")):
+        assert dispatch.choice("attention", "cpu", length=length) == expected
+    for lengths, expected in (((16,), "cpp"), ((3, 17), "explicit"), ((66,), "sdpa")):
+        ran.clear()
+        qkv = torch.randn(sum(lengths), 3, 1, 32, requires_grad=True)
+        mk.attention(qkv, torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths)).sum().backward()
+        assert ran == [expected] * 2, lengths
+    assert mk.chosen("cpu")["attention"] == "cpp to 16 tokens, explicit to 65 tokens, sdpa beyond"
+    assert dispatch.choice("attention", "cpu", "explicit", 500) == "explicit"
+    monkeypatch.setattr(dispatch, "_table", lambda: {"cpu": {"attention": ((16, "cpp"), (math.inf, "cuda"))}})
+    dispatch._choice.cache_clear()
+    with pytest.raises(ValueError, match="^choices.json: 'cuda' of attention takes cuda tensors, not cpu"):
+        dispatch.choice("attention", "cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_the_default_device_changes_nothing(backend):
+    """Outputs stand where the inputs do: a pointer to memory of another device would end the process."""
+    here: dict = {}
+    exec(PROGRAM.replace("result =", "unused ="), here)
+    table, store, n = here["table"], here["store"], torch.arange(8)
+    qkv = torch.randn(6, 3, 1, 32)
+    with torch.device("meta"):
+        for mask in (mk.Mask("patch", counts=(100,)), mk.Mask("patch", counts=(1, 256, 30, 9))):
+            batch = mk.draw_batch(here["seed"], n, 7, (16, 16), mask, 50, backend=backend)
+            x = mk.noisy_patches(store, batch, table, here["seed"], backend=backend).requires_grad_()
+            mk.denoising_loss(x, store, batch, table, here["seed"], backend=backend)[0].backward()
+            assert {value.device.type for value in (batch.keep_ids, batch.flip, x, x.grad)} == {"cpu"}
+        assert mk.attention(qkv[None], backend=backend).device.type == "cpu"
 
 
 def test_the_level_may_have_its_own_choice(monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from placing import here
 
 import maskdiff_kernels as mk
 from maskdiff_kernels import library
@@ -32,7 +33,7 @@ def truth(store, batch, alpha_sigma, seed):
 
 def noise(batch, store, seed, **options):
     still = dataclasses.replace(batch, timestep=torch.zeros_like(batch.timestep))
-    return mk.noisy_patches(store, still, NO_PICTURE, seed, **options)
+    return mk.noisy_patches(store, still, NO_PICTURE.to(seed.device), seed, **options)
 
 
 # ---- values ----
@@ -186,7 +187,7 @@ def test_staging_buffer(implementation, seed, make_store, make_batch, alpha_sigm
     slots = []
     for b, kept in enumerate(batch.keep_ids.flatten().split(counts)):
         source = torch.where(batch.flip[b], kept // 6 * 6 + 5 - kept % 6, kept).long()
-        places = torch.randperm(24, generator=torch.Generator().manual_seed(b))[: len(kept)] + 1
+        places = here(torch.randperm(24, generator=torch.Generator().manual_seed(b), device="cpu"))[: len(kept)] + 1
         staged[b, places] = store.patches[batch.image_ids[b], source]
         slots.append(places)
     buffer = mk.Store(staged, store.grid, store.patch, torch.cat(slots).int())

@@ -21,7 +21,7 @@ def product_flops(total, left, right, out_shape=None, **_):
     return 2 * math.prod(left) * right[-1]
 
 
-IN_PLACE = {torch.ops.aten.addmm_: product_flops}  # PyTorch's counter knows it out of place only
+COUNTED = {torch.ops.aten.addmm_: product_flops, **maskdiff_kernels.FLOPS}  # PyTorch's counter knows neither
 
 
 @pytest.mark.parametrize("visible", [None, 15])
@@ -31,11 +31,11 @@ def test_equals_what_pytorch_counts(config, visible):
     ids = torch.arange(count).expand(batch, -1) if visible else None
     x, t = torch.randn(batch, count, config.patch_dim), torch.zeros(batch)
     label = torch.zeros(batch, len(config.classes), dtype=torch.int64) if config.classes else None
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         out = model(x, t, label, ids)
     parts = flops.forward_parts(config, count)
     assert counter.get_total_flops() == batch * sum(parts.values())
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         out.sum().backward()
     # What is not differentiated: the noisy patches and, with an MLP on it, the sinusoids of the time.
     unneeded = parts["embed"] + (parts["time"] / 2)
@@ -51,7 +51,7 @@ def test_equals_what_pytorch_counts_of_samples_of_different_lengths(config):
     model, counts = UViT(config), (1, 9, 15, 4)
     ids = torch.cat([torch.arange(count) for count in counts])
     x, cu_patches = torch.randn(29, config.patch_dim), torch.tensor([0, *counts]).cumsum(0).int()
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         model(x, torch.zeros(4), None, ids, cu_patches, 15)
     assert 3 * counter.get_total_flops() == 4 * flops.step_flops(config, counts)
 

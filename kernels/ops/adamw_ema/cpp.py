@@ -2,7 +2,6 @@
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from maskdiff_kernels.ops.adamw_ema.state import Update
@@ -11,7 +10,7 @@ from maskdiff_kernels.ops.structs import adamw_structs, call
 
 def run(u: Update) -> tuple[Tensor, Tensor]:
     """Norm before clipping [] and skipped [], float32; the state is updated in place."""
-    norm, skipped = torch.empty(()), torch.empty(())
+    norm, skipped = u.master.new_empty(()), u.master.new_empty(())
     outputs = (ctypes.c_void_p(norm.data_ptr()), ctypes.c_void_p(skipped.data_ptr()))
     call("maskdiff_cpu_adamw_ema", *map(ctypes.byref, adamw_structs(u)), *outputs)
     return norm, skipped

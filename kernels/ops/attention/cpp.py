@@ -19,8 +19,8 @@ def run(
     """The output and the natural log-sum-exp of the scaled scores."""
     struct = attention_struct(qkv, cu_seqlens, max_seqlen, products)
     heads, width = qkv.shape[-2:]
-    out = torch.empty((*qkv.shape[:-3], heads * width), dtype=qkv.dtype)
-    lse = torch.empty(heads, struct.tokens)
+    out = qkv.new_empty((*qkv.shape[:-3], heads * width))
+    lse = qkv.new_empty(heads, struct.tokens, dtype=torch.float32)
     arguments = (ctypes.byref(struct), ctypes.c_float(scale), _p(out), _p(lse))
     if call("maskdiff_cpu_attention", *arguments) and cu_seqlens is not None:
         layout.check_cu_seqlens(cu_seqlens, qkv.shape[0], struct.length)  # says which number it is
@@ -41,7 +41,7 @@ def run_backward(
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()  # an expanded gradient, as sum() gives it
     struct = attention_struct(qkv, cu_seqlens, max_seqlen, products)
-    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    grad_qkv = qkv.new_empty(qkv.shape)
     strides = (ctypes.c_int64(grad_out.stride(0)), ctypes.c_int64(grad_out.stride(-2)))
     arguments = (ctypes.byref(struct), ctypes.c_float(scale), _p(lse), _p(grad_out), *strides)
     if call("maskdiff_cpu_attention_backward", *arguments, _p(grad_qkv)) and cu_seqlens is not None:

@@ -1,5 +1,6 @@
 """attention: softmax attention over packed qkv, equal lengths or ragged. Contract, checks, autograd, registration."""
 
+import functools
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -8,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from maskdiff_kernels import dispatch
+from maskdiff_kernels.library import LibraryError
 from maskdiff_kernels.ops import checks
-from maskdiff_kernels.ops.attention import cpp, cuda, explicit, flops, layout, reference, sdpa, xformers
+from maskdiff_kernels.ops.attention import cpp, cuda, explicit, layout, reference, sdpa, triton_host, xformers
 from maskdiff_kernels.ops.registration import registered
 
 WIDTHS = (32, 64, 128)
@@ -40,9 +41,9 @@ def attention(
         max_seqlen: the most tokens that a sequence has, or more. Needed with cu_seqlens, which is not read back from a
             GPU; without them it must be left out.
         scale: what scores are multiplied with. None: 1 / sqrt(d).
-        backend: "auto", "cpp", "cuda", "reference", or by PyTorch's own means "sdpa", "explicit" (products and softmax)
-            or "xformers" (mslk or xformers, whichever is there). The last three pad ragged sequences (xformers: read
-            cu_seqlens back) and run their forward again in the backward.
+        backend: "auto", "cpp", "cuda", "triton", "reference", or by PyTorch's own means "sdpa", "explicit" (products
+            and softmax) or "xformers" (mslk or xformers, whichever is there). The last three pad ragged sequences
+            (xformers: read cu_seqlens back) and run their forward again in the backward.
 
     Returns:
         [B, L, H * d] or [T, H * d], dense, of qkv's dtype.
@@ -50,7 +51,7 @@ def attention(
     Raises:
         TypeError, ValueError: an argument that does not fit, named, with what it got and what it takes. Numbers out of
             range in cu_seqlens are found on the CPU; CUDA tensors are not read back.
-        LibraryError: the compiled kernels are missing or stale.
+        LibraryError: the compiled kernels are missing or stale, or a package asked for is not there.
 
     Source: Vaswani et al., arXiv 1706.03762, equation 1; the log-sum-exp as in Dao, arXiv 2307.08691.
     """
@@ -106,13 +107,23 @@ def _check(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, scale
 
 
 def _choose(qkv: Tensor, cu_seqlens: Tensor | None, length: int, backend: str) -> ModuleType:
-    """The implementation asked for; for "auto" the chosen one, or PyTorch's where that does not take such a tensor."""
-    chosen = dispatch.choose("attention", qkv.device, backend)
+    """The implementation asked for; for "auto" the chosen one, or another where that does not take such a tensor."""
+    chosen = dispatch.choose("attention", qkv.device, backend, length)
     if chosen is cuda and backend == "auto" and not os.environ.get("MASKDIFF_KERNELS"):
-        return cuda if cuda.can_take(qkv, length)[0] else sdpa
+        return cuda if cuda.can_take(qkv, length)[0] else _where_cuda_cannot()
     if cu_seqlens is not None and qkv.is_cpu and chosen is not cpp:  # the C++ looks by itself
         layout.check_cu_seqlens(cu_seqlens, qkv.shape[0], length)
     return chosen
+
+
+@functools.cache
+def _where_cuda_cannot() -> ModuleType:
+    """Triton, which takes every tensor, or PyTorch's own where it is not there."""
+    try:
+        triton_host.load()
+    except LibraryError:
+        return sdpa
+    return triton_host
 
 
 def _as_given(device: torch.device) -> AbstractContextManager:
@@ -158,6 +169,13 @@ _backward = registered(
     _run_backward,
     _fake_backward,
 )
-register_flop_formula(torch.ops.maskdiff.attention, get_raw=True)(flops.forward)
-register_flop_formula(torch.ops.maskdiff.attention_backward, get_raw=True)(flops.backward)
-dispatch.register("attention", cuda=cuda, cpp=cpp, sdpa=sdpa, reference=reference, explicit=explicit, xformers=xformers)
+dispatch.register(
+    "attention",
+    cuda=cuda,
+    cpp=cpp,
+    triton=triton_host,
+    sdpa=sdpa,
+    reference=reference,
+    explicit=explicit,
+    xformers=xformers,
+)

@@ -18,8 +18,8 @@ def run(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [], per-sample losses [B], and 2 weight_t (prediction - target), shaped and typed like the prediction."""
-    mean, per_sample = torch.empty(()), torch.empty(samples.n.shape[0])
-    error = torch.empty(prediction.shape if needs_grad else 0, dtype=prediction.dtype)
+    mean, per_sample = (prediction.new_empty(shape, dtype=torch.float32) for shape in ((), samples.n.shape))
+    error = prediction.new_empty(prediction.shape if needs_grad else 0)
     strides = prediction.stride()
     code = call(
         "maskdiff_cpu_denoising_loss",

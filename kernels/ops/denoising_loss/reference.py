@@ -25,10 +25,10 @@ def run(
     sample, batch = samples.sample(), len(samples.n)
     difference = prediction.reshape(len(sample), samples.size).to(compute) - targets(samples, target, compute)
     weights = torch.ones(batch, device=sample.device) if weight is None else weight[samples.timestep]
-    sums = torch.zeros(batch, dtype=compute, device=sample.device)
-    sums = sums.index_add(0, sample, difference.square().sum(1))
-    counts = torch.bincount(sample, minlength=batch).clamp(min=1) * samples.size
-    per_sample = weights * (sums / counts)
+    counts = torch.bincount(sample, minlength=batch)
+    squares = difference.square().sum(1)
+    sums = torch.segment_reduce(squares, "sum", lengths=counts, initial=0, unsafe=True)  # in the same order everywhere
+    per_sample = weights * (sums / (counts.clamp(min=1) * samples.size))
     if not needs_grad:
         return per_sample.mean(), per_sample, prediction.new_empty(0)
     error = 2 * weights[sample, None] * difference

@@ -14,11 +14,12 @@ def run(draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     seed, n, ids = draw.seed, draw.n, draw.ids
     batch, group = n.shape[0], len(draw.counts)
     ragged = group > 1
-    counts = torch.tensor(draw.counts)
+    counts = torch.tensor(draw.counts, device="cpu")
     image_ids, timestep = torch.empty_like(n), torch.empty_like(n)
-    keep_ids = torch.empty((batch // group * sum(draw.counts),) if ragged else (batch, *draw.counts), dtype=torch.int32)
-    cu_patches = torch.empty(batch + 1 if ragged else 0, dtype=torch.int32)
-    flip, drop_label = torch.empty(batch, dtype=torch.bool), torch.empty(batch, dtype=torch.bool)
+    visible = (batch // group * sum(draw.counts),) if ragged else (batch, *draw.counts)
+    keep_ids = n.new_empty(visible, dtype=torch.int32)
+    cu_patches = n.new_empty(batch + 1 if ragged else 0, dtype=torch.int32)
+    flip, drop_label = (n.new_empty(batch, dtype=torch.bool) for _ in range(2))
     struct = DrawStruct(
         seed.data_ptr(),
         n.data_ptr(),

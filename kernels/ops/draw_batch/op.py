@@ -159,7 +159,7 @@ def _check_numbers(n: Tensor, group: int, first: int | None) -> None:
     if group == 1:
         return
     groups = n.view(-1, group)
-    if not torch.equal(groups, groups[:, :1] + torch.arange(group)):
+    if not torch.equal(groups, groups[:, :1] + torch.arange(group, device=n.device)):
         raise ValueError(
             f"n: got numbers that are not consecutive in each group of {group}, as ragged counts take them"
         )
