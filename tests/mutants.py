@@ -207,7 +207,12 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (("return MASKDIFF_SOURCE_VERSION;", 'return "0";'),),
     ),
     ("kernels/philox.py", ("tests/ops/test_philox.py",), (("n >> 32 & _LOW", "n & _LOW"),)),
-    ("kernels/ops/denoising_loss/op.py", (LOSS,), (("grad_mean / batch + grad_per_sample", "grad_mean / batch"),)),
+    (
+        "kernels/ops/visible.py",
+        (NOISY, "-k", "can_run or pinned"),
+        (("-(-size // 4)", "(size // 4)"), ("and not elsewhere and", "and"), ("> MOST_QUADS", ">= MOST_QUADS")),
+    ),
+    ("kernels/ops/denoising_loss/reference.py", (LOSS,), (("shape[0] + grad_per_sample)", "shape[0])"),)),
     ("kernels/library.py", ("tests/test_install.py", "-k", "foreign or stale"), (("built != expected", "not built"),)),
     (
         "maskdiff/masking.py",

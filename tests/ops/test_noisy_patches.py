@@ -1,13 +1,15 @@
 """noisy_patches: known answers, fp64 truth, independence of the noise, layouts of the store, errors."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from placing import here
 
 import maskdiff_kernels as mk
-from maskdiff_kernels import library
+from maskdiff_kernels import dispatch, library
+from maskdiff_kernels.ops import visible as on_gpus
 from maskdiff_kernels.ops.noisy_patches import reference
 from maskdiff_kernels.ops.samples import Samples, flatten
 
@@ -245,3 +247,41 @@ def test_errors(make_store, make_batch, alpha_sigma, seed, backend, error, messa
     batch = dataclasses.replace(make_batch(store, 2), **change)
     with pytest.raises(error, match=message):
         mk.noisy_patches(dataclasses.replace(store, **store_change), batch, **call)
+
+
+# ---- what CUDA C++ takes ----
+
+
+def test_can_run_by_capability_and_size():
+    assert on_gpus.can_run((8, 0), 2**31 - 1, 4)[0] and on_gpus.can_run((12, 0), 2**31 - 1, 1)[0]
+    assert on_gpus.can_run((7, 5), 1, 48) == (False, "needs compute capability 8.0, this is 7.5")
+    for patches, size in ((2**31, 4), (2**30, 5)):
+        able, reason = on_gpus.can_run((9, 0), patches, size)
+        assert not able and reason == f"takes less than 2^33 visible elements, not {patches} patches of {size}"
+
+
+def test_pinned_memory_is_read_by_cuda_alone(monkeypatch):
+    """For a GPU's samples, which are stand-ins here: "auto" means "cuda" where the images stay on the host."""
+    monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "choice", lambda op, device, backend: "sure" if backend == "auto" else backend)
+    monkeypatch.setattr(dispatch, "choose", lambda op, device, name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    cpu, cuda = (SimpleNamespace(device=torch.device(name), numel=lambda: 8) for name in ("cpu", "cuda"))
+    pinned, near = (SimpleNamespace(keep_ids=cuda, patches=patches, size=48) for patches in (cpu, cuda))
+    assert on_gpus.choose("noisy_patches", pinned, "auto") == "cuda"
+    assert on_gpus.choose("noisy_patches", near, "auto") == "sure"
+    assert on_gpus.choose("noisy_patches", near, "cuda") == "cuda"
+    message = "^store.patches: got pinned memory of the host, takes a tensor on cuda with 'reference'"
+    with pytest.raises(ValueError, match=message):
+        on_gpus.choose("noisy_patches", pinned, "reference")
+    monkeypatch.setattr(dispatch, "choice", lambda op, device, backend: "cuda")
+    assert on_gpus.choose("noisy_patches", near, "auto") == "reference"  # too old a GPU
+    with pytest.raises(ValueError, match="^backend: 'cuda' of noisy_patches needs compute capability 8.0, this is 7.5"):
+        on_gpus.cuda_struct("noisy_patches", near)
+
+
+def test_only_pinned_memory_may_stay_on_the_host(make_store, make_batch, alpha_sigma, seed):
+    store = make_store()
+    samples = Samples(*flatten(store, make_batch(store, 2), alpha_sigma, seed))
+    with pytest.raises(ValueError, match="^store.patches: got a tensor on cpu, takes one on cuda:0"):
+        samples._check_store(torch.device("cuda", 0))
