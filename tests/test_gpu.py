@@ -132,7 +132,7 @@ def test_a_wrong_wrapper_is_named(monkeypatch, capsys):
 
     monkeypatch.setattr(conformance.Checks, "products", wrong)
     monkeypatch.setattr(conformance.Checks, "copies", lambda self: None)
-    path = emulate.build("emulated", [emulate.HERE / "wrappers.cu"])
+    path = emulate.build("emulated", [emulate.HERE / "wrappers.cu", emulate.EXPORTS])
     monkeypatch.setattr("sys.argv", ["conformance.py", str(path), "--seeds=1", "--only=products,copies"])
     assert conformance.main() == 1
     out = capsys.readouterr().out
@@ -151,7 +151,7 @@ def test_cases_as_on_a_card(monkeypatch, capsys, op):
     class Card(conformance.Host):
         pass
 
-    sources = [emulate.HERE / "wrappers.cu", *(emulate.ROOT / "csrc" / "cuda" / f"{name}.cu" for name in (op, "info"))]
+    sources = [emulate.EXPORTS, *(emulate.ROOT / "csrc" / "cuda" / f"{name}.cu" for name in (op, "info"))]
     built, name = emulate.build(f"card-{op}", sources), gpu.SANITIZED[file][0]
     monkeypatch.setattr(conformance, "Cuda", Card)
     monkeypatch.setattr("sys.argv", [file, str(built), name, "--cuda"])
