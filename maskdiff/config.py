@@ -69,6 +69,8 @@ class Config:
     """auto: bf16 where the device has it natively, else fp32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
+    compile: bool = False
+    """compiles each block by torch.compile, once for all mask rates; needs a C++ compiler, on a GPU Triton"""
     init: str | None = None
     """starts from these weights: a run, a checkpoint of one, or a .pt file of MaskDM"""
     init_weights: Literal["raw", "ema"] = "raw"

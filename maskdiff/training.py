@@ -81,6 +81,8 @@ class _Training:
         self.dtype = precision.resolve_precision(config.precision, self.device)
         if self.device.type == "cpu":
             precision.keep_freed_memory()
+        if config.compile:
+            precision.check_compiler(self.device)
         packed = data.prepare(
             config.data.path,
             config.model.image_size,
@@ -96,6 +98,8 @@ class _Training:
         if config.init is not None and not resume:
             self.model.load_state_dict(initial_weights(config.init, config.init_weights, config.model))
         self.model.to(self.device)
+        if config.compile:
+            self.model.compile_blocks()
         self.state = FlatState(self.model, config.optim, self.dtype)
         diffusion = Diffusion(config.diffusion)
         self.diffusion = diffusion
@@ -135,6 +139,7 @@ class _Training:
             "threads": torch.get_num_threads(),
             "instruction_set": maskdiff_kernels.cpu_level() if compiled else None,
             "kernels": kernels,
+            "compile": self.config.compile,
             "torch": torch.__version__,
             "data": self.packed_hash,
         }
@@ -152,7 +157,7 @@ class _Training:
         if meta["environment"]["data"] != now["data"]:
             raise UserError(f"the images at {self.config.data.path!r} are not those that {self.path} was trained on")
         for key, value in meta["environment"].items():
-            if now[key] != value:
+            if now.get(key) != value:
                 Progress.say(f"note: {key} was {value}, is {now[key]}: the run goes on, but not bit for bit the same")
         try:
             self.state.load(tensors)

@@ -265,3 +265,12 @@ def test_token_budget_sets_the_batch(tmp_path):
     out = tmp_path / "run"
     training.run(tiny(out, "--stages", "patch:0.75 x1 t360 lr2e-3"))
     assert rows(out)[0]["images_seen"] == 360 // 18
+
+
+def test_compile_is_for_the_blocks_of_the_run(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(training.UViT, "compile_blocks", lambda model: compiled.append(len(model.blocks)))
+    monkeypatch.setattr(training.precision, "check_compiler", lambda device: compiled.append(device.type))
+    training.run(tiny(tmp_path / "run", "--compile", "--max-steps", "1"))
+    assert compiled == ["cpu", 3]
+    assert checkpoint.load(checkpoint.latest(tmp_path / "run"))[1]["environment"]["compile"] is True
