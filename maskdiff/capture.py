@@ -26,11 +26,11 @@ RESIDENT = 0.5  # of a device's free memory: images that take more of it stay in
 class Captured:
     """A call as a CUDA graph, whose launch costs the host next to nothing. Raises RuntimeError where it cannot be.
 
-    The call is run three times first, which loads and settles whatever it uses. Graphs that never run side by side, and
-    whose results are read before another of them runs, may share a `pool` of memory (torch.cuda.graph_pool_handle).
+    The call is run three times first, which loads and settles whatever it uses. Memory is shared with another graph
+    where one is given: they must not run side by side, and a result is gone once the other has run.
     """
 
-    def __init__(self, call: Callable[[], Any], device: torch.device, pool: Any = None) -> None:
+    def __init__(self, call: Callable[[], Any], device: torch.device, shared: "Captured | None" = None) -> None:
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -38,6 +38,7 @@ class Captured:
                 call()
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
+        pool = None if shared is None else shared.graph.pool()
         with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(self.graph, pool=pool):
             self.result = call()  # every replay writes it anew
 
@@ -48,7 +49,7 @@ class Captured:
 class Steps:
     """Training steps of any stage: captured, one graph for each mask and batch, where that works; else as train_step.
 
-    Stages of one shape share a graph, all graphs a pool of memory. Where the images lie in the host's memory, those of
+    Stages of one shape share a graph, all graphs their memory. Where the images lie in the host's memory, those of
     the next step are staged while this one runs. Either way a step is the same bit for bit.
     """
 
@@ -65,7 +66,6 @@ class Steps:
         self.device = seed.device
         self.captures = capture == "auto" and self.device.type == "cuda"
         self.stages = source.store.patches.device != self.device
-        self.pool = torch.cuda.graph_pool_handle() if self.captures else None
         self._shapes: dict[tuple[Mask, int], tuple[Staging | None, Captured | None]] = {}
 
     def __call__(self, mask: Mask, batch: int, hyper: Hyper) -> StepResult:
@@ -99,14 +99,15 @@ class Steps:
 
     def _capture(self, source: Source, mask: Mask, batch: int) -> Captured | None:
         """The graph of a step; None, said with the reason, where there can be none. Nothing counts as trained."""
+        shared = next((graph for _, graph in self._shapes.values() if graph is not None), None)
         call = partial(device_step, self.state, source, self.objective, mask, self.seed, batch)
         try:
             with self.state.kept():
-                return Captured(call, self.device, self.pool)
+                return Captured(call, self.device, shared)
         except Exception as error:  # of whatever kind: a real fault comes again in the step itself
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             self.say(
-                f"note: no CUDA graph of steps of {batch} images with up to {max(mask.counts)} patches, they run without: "
+                f"note: steps of {batch} images with up to {max(mask.counts)} patches run without a CUDA graph: "
                 f"{type(error).__name__}: {reason}"
             )
             return None
@@ -188,4 +189,5 @@ def as_source(
 def visible_patches(store: Store, batch: Batch) -> Tensor:  # [M, P*P*C] uint8
     """What a batch shows, gathered by the host."""
     flat = flatten(store, batch, None, batch.n)
-    return Samples(*(value.cpu() if isinstance(value, Tensor) else value for value in flat)).stored()
+    on_host: tuple[Any, ...] = tuple(value.cpu() if isinstance(value, Tensor) else value for value in flat)
+    return Samples(*on_host).stored()
