@@ -1,8 +1,9 @@
 """`python tests/gpu.py` (make gpu-test): what has to hold on a machine with a GPU, in order, with a summary.
 
 The CUDA library is built for the GPU present, unless a fresh one is there; every wrapper of ptx.cuh is held to the PTX
-ISA's tables; then the op tests run on CUDA tensors, training steps are captured as CUDA graphs, and the kernels run
-under compute-sanitizer, where tool and driver allow it. Needs PyTorch, NumPy, pytest, CMake and nvcc, and maskdiff_kernels on the path; nothing is installed.
+ISA's tables; then the op tests run on CUDA tensors, steps are captured as CUDA graphs, and the kernels run under
+compute-sanitizer, where tool and driver allow it. Needs PyTorch, NumPy, pytest, CMake and nvcc, and maskdiff_kernels on
+the path; nothing is installed.
 """
 
 import argparse
