@@ -3,7 +3,7 @@
 #   make test      style, types, build, tests
 #   make mutants   plants small faults one at a time: the tests must notice each
 #   make build     compiles the kernels again after a change in csrc/
-#   make gpu-test  on a machine with a GPU: builds, checks every instruction wrapper, all op tests, compute-sanitizer
+#   make gpu-test  on a machine with a GPU: builds, checks wrappers, all ops, steps as CUDA graphs, compute-sanitizer
 #   make gpu-kernels  times the kernels on its card beside their peers into benchmarks/results/; again: goes on
 # Variables: TORCH='torch==2.13.0' (what pip installs), PYTHON=python3, OUT=runs/first, TRAIN='--preset digits' (more
 # options), KERNELS='--only "L 257"' (options of gpu-kernels). The gpu- targets take .venv if it is there, else PYTHON.

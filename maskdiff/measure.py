@@ -6,9 +6,10 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from .capture import Captured
 
 Clock = Callable[[Callable[[], object], torch.device], Callable[[], float]]
 """Runs a call and returns a function that gives its seconds, once the device has done everything."""
@@ -43,24 +44,6 @@ class LongClock:
 
         took = seconds(several, device) / repeats
         return lambda: took
-
-
-class Captured:
-    """A call as a CUDA graph, whose launch costs the host next to nothing. Raises RuntimeError where it cannot be."""
-
-    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(self.graph):
-            self.result = call()  # every replay writes it anew
-
-    def __call__(self) -> None:
-        self.graph.replay()
 
 
 class ColdClock:

@@ -35,6 +35,7 @@ ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale o
 TRITON = ("tests/ops/test_attention_triton.py", "-k", "interpreter")
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
+CAPTURE = ("tests/trainer/test_capture.py", "-k", "not runs_are_the_same and not planted")
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
 PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
 
@@ -257,11 +258,50 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "maskdiff/step.py",
         trainer("step", "training"),
         (
-            ("state.sample += batch\n", "state.sample += 1\n"),
+            ("state.next_sample.add_(batch)", "state.next_sample.add_(1)"),
             (".masked_fill(batch.drop_label[:, None], -1)", ""),
             ("0.0).sum(0) / inside.sum(0)", "0.0).sum(0) / len(per_sample)"),
         ),
     ),
+    (
+        "maskdiff/step.py",
+        CAPTURE,
+        (
+            ("n = state.next_sample +", "n = state.sample +"),
+            ("torch.zeros_like(drawn_ids)", "drawn_ids"),
+            ("if source.store.slots is not None:", "if source.store.slots is not None and bool(drawn_ids[0] >= 0):"),
+        ),
+    ),
+    (
+        "maskdiff/optim.py",
+        CAPTURE,
+        (
+            ("self.next_sample.fill_(number)", "self.next_sample = torch.tensor(number)"),
+            ("                param.grad = None  # of", "                pass  # of"),
+        ),
+    ),
+    (
+        "maskdiff/capture.py",
+        CAPTURE,
+        (
+            ("with self.state.kept():", "if True:"),
+            ("key = mask, batch\n", "key = mask, 0\n"),
+            ("            self.state.made_step(batch)\n", ""),
+            ("if self.first != first:", "if self.first is None:"),
+            ("staging.fetch(first + batch)", "staging.fetch(first)"),
+        ),
+    ),
+    (
+        "kernels/ops/draw_batch/reference.py",
+        CAPTURE,
+        (
+            ("if n.is_cpu and bool(", "if bool("),
+            ("-math.log2(outside / base**2)", "-math.log(outside / base**2)"),
+            ("if read or outside == 0:", "if True:"),
+        ),
+    ),
+    ("kernels/ops/denoising_loss/reference.py", CAPTURE, (("else cu.diff().long()", "else torch.bincount(sample)"),)),
+    ("kernels/ops/samples.py", CAPTURE, (("place + across - 1 - 2 * (place % across), place)", "place, place)"),)),
     (
         "maskdiff/ragged.py",
         trainer("ragged", "model"),
