@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peers import compiled as by_compiler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -204,9 +205,8 @@ def _on_equal_lengths(
 
 
 def compiled(problem: Problem) -> Attend:
-    """The same by torch.compile, for this shape alone."""
-    torch._dynamo.reset()  # beyond eight shapes it would go on uncompiled, in silence
-    return torch.compile(explicit(problem), dynamic=False)
+    """The same by torch.compile."""
+    return by_compiler(explicit(problem))
 
 
 def varlen(problem: Problem) -> Attend:
@@ -227,8 +227,7 @@ def flex(problem: Problem, compile: bool = True) -> Attend:
     """FlexAttention, compiled; ragged: one long sequence with a mask of documents by blocks of 128."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.reset()
-    run = torch.compile(flex_attention, dynamic=False) if compile else flex_attention
+    run = by_compiler(flex_attention) if compile else flex_attention
     mask = _document_mask(problem) if problem.ragged else None
 
     def attend(qkv: Tensor) -> Tensor:

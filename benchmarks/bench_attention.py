@@ -6,13 +6,14 @@ autograd, and the same malloc settings; `sdpa` and `explicit` are the op's backe
 """
 
 import pytest
-from attention_peers import ANYWHERE, DTYPES, Problem, ours
+from attention_peers import ANYWHERE, DTYPES, Problem, compiled, ours
 
 from maskdiff.precision import keep_freed_memory
 
 PAIRS, HEADS, WIDTH = 64, 8, 64
 LENGTHS = (27, 33, 65, 129, 257, 417, 512)
-HOWS = ("cpp", "sdpa", "explicit", *ANYWHERE)
+PEERS = ANYWHERE | {"torch_compiled": compiled}
+HOWS = ("cpp", "sdpa", "explicit", *PEERS)
 CASES = [f"{length}-{dtype}" for length in LENGTHS for dtype in ("fp32", "bf16")]
 CASES += [f"{length}-{dtype}-ragged" for length in LENGTHS[:4] for dtype in ("fp32", "bf16")]
 
@@ -31,7 +32,7 @@ def build(case: str):
     keep_freed_memory()
     case, how = case.rsplit("-", 1)
     given = problem(case)
-    run = given.run(ANYWHERE[how](given) if how in ANYWHERE else ours(given, how))
+    run = given.run(PEERS[how](given) if how in PEERS else ours(given, how))
     return run, given.flops(), "flops"
 
 

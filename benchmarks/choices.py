@@ -1,7 +1,8 @@
 """`python benchmarks/choices.py ROWS.json [...] [--write]` makes kernels/choices.json of measured rows.
 
-For every device and op that the rows speak of it takes the fastest of the op's backends; for attention at every length
-that was measured. Entries of other devices and ops stay. Without --write it only shows what it would write.
+For every device and op that the rows speak of it takes the fastest of the op's backends that need no optional package;
+for attention at every length that was measured. Entries of other devices and ops stay. Without --write it only shows
+what it would write.
 """
 
 import argparse
@@ -14,10 +15,10 @@ from typing import Any
 import records
 from records import Row
 
-import maskdiff_kernels as mk
 from maskdiff_kernels import dispatch
 
 TABLE = Path(dispatch.__file__).parent / "choices.json"
+OPTIONAL = ("apex", "xformers")  # another machine with such a card may lack them
 MARGIN = 1.03  # how much faster another implementation must be, than that of the lengths before, to be changed to
 
 
@@ -65,7 +66,7 @@ def chosen(rows: list[Row]) -> dict[str, dict[str, Any]]:
     """The entries for every device and op that rows of the op's backends speak of."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["implementation"] in mk.backends(row["op"]):
+        if row["implementation"] in records.ours(row["op"]) and row["implementation"] not in OPTIONAL:
             groups.setdefault((row["device"], row["op"]), []).append(row)
     table: dict[str, dict[str, Any]] = {}
     for (device, op), group in groups.items():

@@ -3,9 +3,10 @@
     python -m pytest benchmarks/bench_noisy_patches.py [-k TEXT] [--base REF] [--save FILE] [--benchmark-json FILE]
 
 A bench file has `build("case-implementation") -> (run, work, unit)`: run() does `work` (bytes, flops or images) once.
-The implementations of a case run in turns, each for some 20 ms a round. With --base the library of that git revision is
-built in a worktree, and runs every case of our C++ in turns with this one. --save adds the rows (records.py) to a file,
-of which benchmarks/choices.py makes kernels/choices.json.
+The implementations of a case run in turns, each for some 20 ms a round; of a peer that cannot run here a line says why.
+gpu_kernels.py runs the same files on a GPU, with a file's CUDA_PEERS beside. With --base the library of that git
+revision is built in a worktree, and runs every case of our C++ in turns with this one. --save adds the rows
+(records.py) to a file, of which benchmarks/choices.py makes kernels/choices.json.
 """
 
 import json
@@ -22,7 +23,6 @@ import pytest
 import records
 import torch
 
-import maskdiff_kernels as mk
 from maskdiff import measure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,9 +139,18 @@ def in_turns(benchmark, kept, base, revisions, request: pytest.FixtureRequest) -
 
     def run(build: Callable, case: str, names: Sequence[str], fixed: dict[str, Any] | None = None) -> None:
         op = request.path.stem.removeprefix("bench_")
-        calls, clock = {}, measure.LongClock()
+        ours = records.ours(op)
+        fixed = fixed or records.fixed(op, case)
+        calls, clock, failed = {}, measure.LongClock(), []
         for name in names:
-            calls[name], work, unit = build(f"{case}-{name}")
+            try:
+                calls[name], work, unit = build(f"{case}-{name}")
+                calls[name]()
+            except Exception as error:
+                if name in ours:
+                    raise
+                failed.append(records.failed(fixed, name, True, f"{type(error).__name__}: {error}"))
+                calls.pop(name, None)
         if not settled:  # seen: whatever runs first in a process takes twice its time for as long as its tensors live
             settled.append(case)
             measure.interleaved(calls, 5, CPU, clock=measure.LongClock())
@@ -151,8 +160,8 @@ def in_turns(benchmark, kept, base, revisions, request: pytest.FixtureRequest) -
         one_round = sum(max(clock.length, clock.once(call, CPU)) for call in calls.values())
         rounds, warm = max(3, min(ROUNDS, int(LONG / one_round))), 2 if one_round < 1 else 0
         samples = measure.interleaved(calls, rounds, CPU, clock=clock, warm=warm)
-        peers = [name for name in names if name not in mk.backends(op)]
-        rows = records.timed(fixed or records.fixed(op, case), samples, peers, {unit: work}, copied)
+        peers = [name for name in names if name not in ours]
+        rows = [*records.timed(fixed, samples, peers, {unit: work}, copied), *failed]
         lines = []
         if revisions and "cpp" in names:
             times = [[revision.seconds(request.path, f"{case}-cpp") for revision in revisions] for _ in range(ROUNDS)]

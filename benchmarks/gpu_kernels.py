@@ -22,7 +22,6 @@ import records
 import torch
 from attention_peers import DTYPES, Problem
 
-import maskdiff_kernels as mk
 from maskdiff import measure, precision
 from maskdiff_kernels import dispatch
 
@@ -48,7 +47,7 @@ class Case:
         return " ".join(self.key)
 
     def peers(self) -> list[str]:
-        return [name for name in self.names if name not in mk.backends(self.fixed["op"])]
+        return [name for name in self.names if name not in records.ours(self.fixed["op"])]
 
 
 # ---- the table of cases: an op's function gives them in the order in which they are worth having ----
@@ -109,15 +108,17 @@ def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
 
     def cases(device: torch.device) -> Iterator[Case]:
         bench = __import__(f"bench_{op}")
-        able = runnable(op, device)
+        ours = records.ours(op)
+        able = runnable(op, device) if ours else []
         for shape, known in bench.CASES.items():
             fixed = records.fixed(op, shape)
-            others = [how for how in known if how not in mk.backends(op)]
+            others = [how for how in known if how not in ours]
+            others += getattr(bench, "CUDA_PEERS", ()) if device.type == "cuda" else ()
             dtype = DTYPES.get(fixed["dtype"], torch.float32)
-            work, unit = bench.build(f"{shape}-{able[0]}", device)[1:]
+            work, unit = bench.build(f"{shape}-{(*able, *others)[0]}", device)[1:]
 
             def open(shape: str = shape, others: list[str] = others, dtype: torch.dtype = dtype) -> tuple:
-                expected = flat(bench.build(f"{shape}-reference", device)[0]())
+                expected = flat(bench.build(f"{shape}-reference", device)[0]()) if able else []
 
                 def build(name: str) -> Callable[[], Any]:
                     return bench.build(f"{shape}-{name}", device)[0]
@@ -134,7 +135,7 @@ def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
 
 OPS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "attention": attention,
-    **{op: from_bench_file(op) for op in ("adamw_ema", "noisy_patches", "denoising_loss", "draw_batch")},
+    **{op: from_bench_file(op) for op in ("adamw_ema", "noisy_patches", "denoising_loss", "draw_batch", "layer_norm")},
 }
 
 

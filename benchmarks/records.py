@@ -29,6 +29,11 @@ SHARES = ("p20", "p50", "p80")
 UNITS = {"bytes": ("gbs", 1e-6), "flops": ("gflops", 1e-6), "images": ("images_per_s", 1e3)}  # of work in ms
 
 
+def ours(op: str) -> list[str]:
+    """maskdiff's own implementations of an op; none of what is benchmarked and no op of its."""
+    return list(dispatch.backends(op)) if op in dispatch._OPS else []
+
+
 def stamp(device: torch.device, commit: str | None = None) -> Row:
     """What every row of a run says about where and from what it was measured."""
     machine = measure.machine(device)
@@ -46,7 +51,7 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    for name in ("triton", "xformers", "mslk"):
+    for name in ("triton", "xformers", "mslk", "apex"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

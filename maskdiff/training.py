@@ -23,7 +23,7 @@ from .config import Config, check_new_run, config_to_dict
 from .diffusion import Diffusion
 from .errors import UserError
 from .model import UViT
-from .optim import FlatState, Hyper
+from .optim import FlatState, Hyper, kernels
 from .pretrained import initial_weights
 from .runlog import DeviceScalars, MetricsFile, Progress
 from .stages import fit, learning_rate, tokens_of
@@ -80,6 +80,7 @@ class _Training:
             check_new_run(self.path)
         self.device = precision.resolve_device(config.device)
         self.dtype = precision.resolve_precision(config.precision, self.device)
+        kernels(config.optim, self.device)  # what cannot run is said before data are made ready
         if self.device.type == "cpu":
             precision.keep_freed_memory()
         if config.compile:
@@ -136,14 +137,14 @@ class _Training:
 
     def _environment(self) -> dict[str, Any]:
         """What bit-for-bit resume depends on beside the configuration."""
-        kernels = maskdiff_kernels.chosen(self.device)
-        compiled = any("cpp" in words for words in kernels.values())  # attention's may depend on the length
+        chosen = kernels(self.config.optim, self.device)
+        compiled = any("cpp" in words for words in chosen.values())  # attention's may depend on the length
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             "threads": torch.get_num_threads(),
             "instruction_set": maskdiff_kernels.cpu_level() if compiled else None,
-            "kernels": kernels,
+            "kernels": chosen,
             "compile": self.config.compile,
             "torch": torch.__version__,
             "data": self.packed_hash,

@@ -83,6 +83,9 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("norm > bound ?", "bound > 0.0f ?"),
             ("const float single = (float)sum;", "const float single = (float)__builtin_sqrt(sum);"),
             ("young < decay ? young : decay", "decay"),
+            ("if (k < 2.0) return 1.0;", ""),
+            ("i < 7; i++) share", "i < 6; i++) share"),
+            ("power_share(seen, gamma + 1.0)", "power_share(seen, gamma)"),
             ("* f.root + f.eps", "+ f.eps"),
             ("x.master = keep * x.master", "x.master = f.keep[1] * x.master"),
         ),
@@ -122,6 +125,16 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "kernels/ops/adamw_ema/fused.py",
         ADAMW,
         (("(1 - decay) * (1 - skipped)", "1 - decay"), ("u.weight_decay if decays else 0.0", "u.weight_decay")),
+    ),
+    (
+        "kernels/ops/adamw_ema/apex.py",
+        (*ADAMW, "tests/ops/test_apex.py"),
+        (("flag.copy_(skipped)", "flag.zero_()"), ("any(low is None for low in lows)", "False")),
+    ),
+    (
+        "kernels/ops/adamw_ema/averages.py",
+        (*ADAMW, "tests/ops/test_adamw_averages.py"),
+        (("seen.clamp(min=1)", "seen"), ("math.sqrt((gamma + 1)", "math.sqrt((gamma + 2)")),
     ),
     (
         "csrc/cpu/draw_batch.cpp",
@@ -252,6 +265,8 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("math.inf if hyper.clip is None else hyper.clip", "math.inf"),
             ("low=self.low if self.low.numel() else None", "low=None"),
             ("decays=[segment.decay for", "decays=[segment.low for"),
+            ("ema2_decay=state.averages[-1]", "ema2_decay=state.averages[0]"),
+            ("for average in (self.ema, self.ema2):", "for average in (self.ema,):"),
         ),
     ),
     (

@@ -1,6 +1,7 @@
 """The kernel benchmarks' own machinery, on the CPU: rows, resuming, failures, the time budget, peers, the choice."""
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -10,11 +11,13 @@ import attention_peers
 import bench_adamw_ema
 import choices
 import gpu_kernels
+import peers
 import pytest
 import records
 import torch
 from attention_peers import Problem
 
+import maskdiff_kernels as mk
 from maskdiff import measure
 from maskdiff_kernels import dispatch
 
@@ -143,12 +146,14 @@ def test_bad_options(bench, capsys, option, said):
 
 def test_every_op_has_cases(monkeypatch):
     monkeypatch.setattr(bench_adamw_ema, "PARAMETERS", 160 * 160)
-    assert set(gpu_kernels.OPS) == set(dispatch._OPS)
+    monkeypatch.setattr(peers, "compiled", lambda call: torch.compile(call, backend="eager"))  # in a tenth of the time
+    assert set(gpu_kernels.OPS) == {*dispatch._OPS, "layer_norm"}
     for op, cases in gpu_kernels.OPS.items():
         case = next(cases(CPU))
         build, judge = case.open()
-        assert case.fixed["op"] == op and case.work and {"cpp", *case.peers()} < set(case.names)
-        for name in ("cpp", *case.peers()):
+        ours = {"cpp"} & set(records.ours(op))
+        assert case.fixed["op"] == op and case.work and case.peers() and {*ours, *case.peers()} <= set(case.names)
+        for name in (*ours, *case.peers()):
             assert judge(name, build(name)()) == "", (op, name)
     changed = torch.tensor([1, 2, 4])
     assert gpu_kernels.unlike([changed], [torch.tensor([1, 2, 3])], torch.float32) != ""
@@ -156,6 +161,45 @@ def test_every_op_has_cases(monkeypatch):
     assert gpu_kernels.unlike([changed + 1e-4], [changed.float()], torch.bfloat16) == ""
     assert gpu_kernels.unlike([changed * torch.nan], [changed.float()], torch.bfloat16) != ""
     assert gpu_kernels.unlike([changed.float()], [changed], torch.bfloat16) != ""
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", ["fused", "torch_compiled"])
+def test_peers_of_adamw_ema_do_its_work(monkeypatch, name, low):
+    """The weights, moments and copy after a step from zero moments; their averages have a decay of their own."""
+    monkeypatch.setattr(peers, "compiled", lambda call: call)
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(48, generator=generator).to(low or torch.float32) for _ in range(3)]
+    master = torch.randn(144, generator=generator)
+    copies = [None if low is None else master.to(low) for _ in range(2)]
+    theirs, ours = ([master.clone(), torch.zeros(144), torch.zeros(144), master.clone()] for _ in range(2))
+    monkeypatch.setattr(bench_adamw_ema, "CLIP", 0.5)  # reached
+    bench_adamw_ema.PEERS[name](theirs, grads, copies[0])()
+    counts = torch.zeros(()), torch.zeros(())
+    state = mk.AdamState(*ours, *counts, [0, 48, 96], [48] * 3, [True] * 3, low=copies[1])
+    fixed = (bench_adamw_ema.BETAS, bench_adamw_ema.EPS, bench_adamw_ema.DECAY, 0.999)
+    mk.adamw_ema(state, grads, torch.tensor([bench_adamw_ema.LR, 0.5]), *fixed, backend="reference")
+    for number in (0,) if name == "fused" else (0, 1, 2):  # that one keeps moments of its own
+        torch.testing.assert_close(theirs[number], ours[number], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(theirs[number], master)
+    assert not torch.equal(theirs[3], master) and (low is None or torch.equal(*copies))
+
+
+def test_peers_of_apex_take_what_they_are_given():
+    pytest.importorskip("amp_C")
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    inspect.signature(peers.apex("optimizers", "FusedAdam")).bind([], **options, capturable=True)
+    norm = peers.apex("normalization.fused_layer_norm", "mixed_dtype_fused_layer_norm_affine")
+    inspect.signature(norm).bind("input", "weight", "bias", (8,), 1e-5)
+    pytest.importorskip("triton")
+    swa = peers.apex("contrib.openfold_triton.fused_adam_swa", "FusedAdamSWA")
+    inspect.signature(swa).bind([], [], [], 0.999, **options, adam_math_mode=None)
+    inspect.signature(swa.step).bind(swa, grad_clip_scale=1.0)
+
+
+def test_a_peer_that_is_absent_is_an_import_error(monkeypatch):
+    with pytest.raises(ImportError, match="^no NVIDIA apex with optimizers.FusedOther is installed"):
+        peers.apex("optimizers", "FusedOther")
 
 
 def test_cases_of_a_card(monkeypatch):
@@ -392,10 +436,10 @@ def measured(implementation: str, longest: int, ms: float | None, case: str = "x
 
 
 def test_choice_by_length():
-    rows = [
-        measured(name, n, ms) for n in (27, 65) for name, ms in (("cuda", 1.0), ("sdpa", 2.0), ("torch_flash", 0.1))
-    ]
-    assert choices.chosen(rows) == {"cuda:9.0": {"attention": "cuda"}}  # a peer is no choice
+    times = {"cuda": 1.0, "sdpa": 2.0, "torch_flash": 0.1, "xformers": 0.1}
+    rows = [measured(name, n, ms) for n in (27, 65) for name, ms in times.items()]
+    rows += [measured("torch", 0, 0.1) | {"op": "layer_norm"}]  # no op of ours
+    assert choices.chosen(rows) == {"cuda:9.0": {"attention": "cuda"}}  # a peer is no choice, nor an optional package
     rows += [measured("cuda", 257, None), measured("sdpa", 257, 3.0), measured("explicit", 257, 4.0)]
     assert choices.chosen(rows) == {"cuda:9.0": {"attention": [[65, "cuda"], [None, "sdpa"]]}}
     rows += [measured("sdpa", 288, 1.02), measured("explicit", 288, 1.0)]  # not faster by enough
