@@ -308,7 +308,7 @@ def main() -> int:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    print("\n".join(["", *records.summary(row for row in kept.rows if row["commit"] == stamp["commit"])]))
+    print("\n".join(["", *records.summary(kept.current())]))
     for said in runner.wrong:
         print(f"WRONG {said}")
     if left:

@@ -303,6 +303,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("there / here for there, here", "here / there for there, here"),
             ("[old for old in self.rows if _place(old) != _place(row)]", "self.rows"),
+            ('CODE = ("commit", "sources")', 'CODE = ("commit",)'),
         ),
     ),
     (

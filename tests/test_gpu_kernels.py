@@ -71,6 +71,24 @@ def test_finished_rows_are_skipped(bench, monkeypatch):
     assert len(rows) == len(first) and {row["commit"] for row in rows} == {"two"}
 
 
+def test_what_was_edited_is_measured_again(bench, monkeypatch, tmp_path):
+    """A commit's name alone, "...-dirty" or "unversioned", does not change with an edit."""
+    edited = [
+        tmp_path / folder / name for folder, name in (("csrc", "a.cu"), ("kernels", "b.py"), ("benchmarks", "c.py"))
+    ]
+    for path in edited:
+        path.parent.mkdir()
+        path.write_text("1")
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    first = bench()[2]
+    assert "0 of 1 cases to measure" in bench()[1]
+    for path in edited:
+        path.write_text("2")
+        status, output, rows = bench()
+        assert "1 of 1 cases to measure" in output and len(rows) == len(first) and rows[0]["ms"] != first[0]["ms"]
+        assert len({row["sources"] for row in rows} | {first[0]["sources"]}) == 2
+
+
 def test_a_case_that_lacks_a_row_runs_whole(bench, tmp_path):
     """Only what runs in turns can be compared."""
     first = {row["implementation"]: row for row in bench()[2]}
