@@ -239,7 +239,7 @@ class Runner:
     def fail(self, case: Case, name: str, error: Exception) -> None:
         peer = name in case.peers()
         text = str(error) if isinstance(error, WrongResult) else f"{type(error).__name__}: {error}"
-        row = records.failed(case.fixed, name, peer, text)
+        row = records.failed(case.fixed, name, peer, text, isinstance(error, WrongResult))
         self.kept.add(row)
         print(records.line({**row, **self.kept.stamp}), flush=True)
         if isinstance(error, WrongResult) and not peer:

@@ -3,7 +3,7 @@
 A row: op, case (a shape in words), shape (the same in numbers), dtype, implementation, peer (whether it is none of
 maskdiff's), ms (20th, 50th and 80th percentile), gbs, gflops or images_per_s, copy_share (of the copy rate measured in
 turns with it), best_peer and ratio (the peer's time over this one's, round by round; ratios has the percentiles),
-launches ("graph", "eager" or "host"); or error, why there is no time.
+launches ("graph", "eager" or "host"); or error, why there is no time, and wrong, whether that is a wrong result.
 With it: device ("cuda:9.0", "cpu:avx2"), card, commit, sources (a hash of the code, which edits change before they are
 committed), versions, time, and the card's own rates in that run.
 """
@@ -155,9 +155,10 @@ def timed(
     return rows
 
 
-def failed(fixed: Row, name: str, peer: bool, error: str) -> Row:
-    """The row of an implementation that has no time, and why."""
-    return {**fixed, "implementation": name, "peer": peer, "ms": None, "error": " ".join(error.split())[:400]}
+def failed(fixed: Row, name: str, peer: bool, error: str, wrong: bool = False) -> Row:
+    """The row of an implementation that has no time, and why; `wrong`: it ran, and computed something else."""
+    said = " ".join(error.split())[:400]
+    return {**fixed, "implementation": name, "peer": peer, "ms": None, "error": said, "wrong": wrong}
 
 
 def line(row: Row) -> str:

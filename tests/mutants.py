@@ -319,7 +319,10 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "benchmarks/choices.py",
         ("tests/test_gpu_kernels.py",),
         (
-            ("set.intersection(*(", "set.union(*("),
+            ("if len(cases) == most}", "}"),
+            ('if row.get("wrong")}', "if False}"),
+            ('if row["card"] != card:', "if False:"),
+            ("if len(revisions) > 1:", "if False:"),
             ('if row["shape"]["backward"]:', "if True:"),
             ("    if options.write:\n", "    if True:\n"),
         ),

@@ -115,6 +115,7 @@ def test_a_peer_that_fails_is_a_row(bench, monkeypatch):
     found = {row["implementation"]: row for row in rows}
     assert status == 0 and set(found) == {"cpp", "sdpa", "explicit", "torch_raises", "torch_wrong"}
     assert found["torch_raises"]["error"] == "RuntimeError: no kernel for this" and found["torch_raises"]["ms"] is None
+    assert found["torch_wrong"]["wrong"] and not found["torch_raises"]["wrong"]
     assert found["torch_wrong"]["error"].startswith("output: error") and found["torch_wrong"]["ms"] is None
     assert found["cpp"]["ms"] and "ratio" not in found["cpp"]
     assert "torch_raises" in output and "no kernel for this" in output
@@ -131,7 +132,7 @@ def test_our_own_wrong_result_is_an_error(bench, monkeypatch):
     )
     status, output, rows = bench()
     assert status == 1 and f"WRONG attention {ONE} fp32 sdpa: output: error" in output
-    assert [row["implementation"] for row in rows if row["error"]] == ["sdpa"]
+    assert [(row["implementation"], row["wrong"]) for row in rows if row["error"]] == [("sdpa", True)]
 
 
 def test_no_time_left(bench):
@@ -425,13 +426,33 @@ def test_choice_by_length():
     assert choices.chosen(rows + forward) == choices.chosen(rows)
 
 
-def test_only_cases_that_all_ran_count():
+def test_what_ran_fewer_cases_is_no_choice():
     rows = [measured("cuda", 27, 1.0), measured("sdpa", 27, 2.0), measured("sdpa", 27, 0.01, "y")]
-    assert choices.fastest(rows) == "cuda"
-    rows += [measured("cuda", 27, 0.1, "y")]
     assert choices.fastest(rows) == "sdpa"
-    with pytest.raises(ValueError, match="attention: no case was run by all of cuda, sdpa"):
-        choices.fastest([measured("cuda", 27, 1.0), measured("sdpa", 27, 1.0, "y")])
+    rows += [measured("cuda", 27, 0.001, "y"), measured("cuda", 27, None, "z"), measured("explicit", 27, 0.1, "z")]
+    assert choices.fastest(rows) == "cuda"  # nor does what ran another case alone keep the rest from a choice
+    assert choices.fastest([measured("cuda", 27, 1.0), measured("sdpa", 27, 1.0, "y")]) is None
+    assert choices.fastest([measured("cuda", 27, None)]) is None
+
+
+def test_what_was_wrong_once_is_no_choice():
+    right = [measured("cuda", 27, 1.0), measured("sdpa", 27, 2.0), measured("sdpa", 65, 2.0)]
+    wrong = {**measured("cuda", 65, None), "wrong": True}
+    assert choices.chosen([*right, wrong]) == {"cuda:9.0": {"attention": "sdpa"}}
+    other = {**wrong, "device": "cuda:8.0"}
+    assert choices.chosen([*right, other])["cuda:9.0"] == {"attention": [[27, "cuda"], [None, "sdpa"]]}
+
+
+def test_rows_of_several_cards_or_revisions_do_not_mix():
+    row = measured("cuda", 27, 1.0)
+    for key, said in (("card", "cuda:9.0: got rows of a card and other"), ("commit", "revisions one/None, other/None")):
+        with pytest.raises(ValueError, match=said):
+            choices.chosen([row, measured("sdpa", 27, 2.0, **{key: "other"})])
+    with pytest.raises(ValueError, match="cuda:9.0 attention: got rows of revisions one/None, one/x, takes one's"):
+        choices.chosen([row, measured("sdpa", 27, 2.0, sources="x")])
+    peer = measured("torch_flash", 27, 1.0, commit="other")
+    draws = {**measured("reference", 27, 1.0, commit="other"), "op": "draw_batch"}
+    assert choices.chosen([row, peer, draws]) == {"cuda:9.0": {"attention": "cuda", "draw_batch": "reference"}}
 
 
 def test_the_table_is_rewritten_on_request_alone(tmp_path, capsys):
