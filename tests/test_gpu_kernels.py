@@ -15,6 +15,7 @@ import records
 import torch
 from attention_peers import Problem
 
+import maskdiff_kernels as mk
 from maskdiff import measure
 from maskdiff_kernels import dispatch
 
@@ -169,12 +170,75 @@ def test_every_op_has_cases(monkeypatch):
         assert case.fixed["op"] == op and case.work and {"cpp", *case.peers()} < set(case.names)
         for name in ("cpp", *case.peers()):
             assert judge(name, build(name)()) == "", (op, name)
-    changed = torch.tensor([1, 2, 4])
-    assert gpu_kernels.unlike([changed], [torch.tensor([1, 2, 3])], torch.float32) != ""
-    assert gpu_kernels.unlike([changed + 1e-4], [changed.float()], torch.float32) != ""
-    assert gpu_kernels.unlike([changed + 1e-4], [changed.float()], torch.bfloat16) == ""
-    assert gpu_kernels.unlike([changed * torch.nan], [changed.float()], torch.bfloat16) != ""
-    assert gpu_kernels.unlike([changed.float()], [changed], torch.bfloat16) != ""
+
+
+def test_unlike():
+    whole = torch.tensor([1, 2, 4])
+    single, half = whole.float(), whole.bfloat16()
+    assert gpu_kernels.unlike([whole], [torch.tensor([1, 2, 3])]) != ""
+    assert gpu_kernels.unlike([single + 1e-4], [single]) != "" == gpu_kernels.unlike([single + 1e-6], [single])
+    assert gpu_kernels.unlike([half + 0.01], [half]) == "" != gpu_kernels.unlike([half + 0.1], [half])
+    assert gpu_kernels.unlike([single * torch.nan], [single]) != "" != gpu_kernels.unlike([single], [half])
+    total, many = torch.tensor(1.0), torch.ones(10_000)  # the sum of many may be 100 roundings off
+    assert gpu_kernels.unlike([total + 1e-5, many], [total, many]) == ""
+    assert gpu_kernels.unlike([total + 1e-5], [total]) != "" != gpu_kernels.unlike([total + 2e-5, many], [total, many])
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """The bench's updates of few parameters, by what stands in for the kernels and is given the real op."""
+    monkeypatch.setattr(bench_adamw_ema, "PARAMETERS", 160 * 160)
+    real = mk.adamw_ema
+
+    def play(stand_in):
+        def update(state, *arguments, backend):
+            run = functools.partial(real, state, *arguments, backend=backend)
+            return stand_in(state, run) if backend == "cpp" else run()
+
+        monkeypatch.setattr(bench_adamw_ema.mk, "adamw_ema", update)
+        cases = list(gpu_kernels.OPS["adamw_ema"](CPU))
+        assert [case.fixed["case"] for case in cases] == ["fp32", "bf16"]
+        return cases
+
+    return play
+
+
+@pytest.mark.parametrize("name", ["master", "exp_avg", "exp_avg_sq", "ema", "low", "adam_step"])
+def test_an_update_that_leaves_a_part_of_the_state(updates, name):
+    """Its norm is right."""
+
+    def restores(state, run):
+        part = getattr(state, name)
+        before = part.clone() if part is not None else None
+        result = run()
+        if part is not None:
+            part.copy_(before)
+        return result
+
+    for case in updates(restores):
+        build, judge = case.open()
+        wrong = (name, case.fixed["case"]) != ("low", "fp32")  # where there is no copy
+        assert (judge("cpp", build("cpp")()) != "") == wrong
+
+
+def test_updates_are_judged_from_a_fresh_state(updates, card, monkeypatch):
+    """Capturing calls them several times over, and a replay once more."""
+
+    class Captured:
+        def __init__(self, call, device):
+            self.call, self.result = call, [call() for _ in range(4)][-1]
+
+        def __call__(self):
+            self.call()
+
+    monkeypatch.setattr(measure, "Captured", Captured)
+    for case in updates(lambda state, run: run()):
+        assert card.run(case, ["cpp", "torch"])
+        rows = card.kept.of(*case.key)
+        assert {name: (row["launches"], row["error"]) for name, row in rows.items()} == {
+            "cpp": ("graph", None),
+            "torch": ("graph", None),
+        }
 
 
 def test_cases_of_a_card(monkeypatch):
