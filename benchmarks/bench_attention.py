@@ -37,4 +37,6 @@ def build(case: str):
 
 @pytest.mark.parametrize("case", CASES)
 def test_attention(in_turns, case):
-    in_turns(build, case, HOWS, problem(case).fixed())
+    given = problem(case)
+    judge = given.judge()
+    in_turns(build, case, HOWS, given.fixed(), lambda name, result: judge(result))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import attention_peers
+import judging
 import records
 import torch
 from attention_peers import DTYPES, Problem
@@ -37,7 +38,7 @@ class Case:
     fixed: records.Row  # op, case, shape, dtype
     work: dict[str, float]  # of one call: bytes, flops, images
     names: tuple[str, ...]  # of contestants; backends of the op, and peers
-    open: Callable[[], tuple[Callable[[str], Callable[[], Any]], Callable[[str, Any], str]]]
+    open: Callable[[], tuple[Callable[[str], Callable[[], Any]], judging.Judge]]
     """Makes the inputs; returns build(name), which gives the call to time, and judge(name, result): what is wrong."""
 
     @property
@@ -102,11 +103,7 @@ def attention_case(
 
 
 def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
-    """The cases of benchmarks/bench_<op>.py, by its build("shape-implementation", device).
-
-    Our implementations are held to the reference's results, whole numbers to the bit. A call that changes what it is
-    given, as an update does, has `fresh()`, which puts it back.
-    """
+    """The cases of benchmarks/bench_<op>.py, by its build("shape-implementation", device)."""
 
     def cases(device: torch.device) -> Iterator[Case]:
         bench = __import__(f"bench_{op}")
@@ -116,16 +113,11 @@ def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
             others = [how for how in known if how not in mk.backends(op)]
             work, unit = bench.build(f"{shape}-{able[0]}", device)[1:]
 
-            def open(shape: str = shape, others: list[str] = others) -> tuple:
-                expected = flat(bench.build(f"{shape}-reference", device)[0]())
-
+            def open(shape: str = shape) -> tuple:
                 def build(name: str) -> Callable[[], Any]:
                     return bench.build(f"{shape}-{name}", device)[0]
 
-                def judge(name: str, result: Any) -> str:
-                    return "" if name in others else unlike(flat(result), expected)
-
-                return build, judge
+                return build, judging.by_reference(op, build)
 
             yield Case(fixed, {unit: work}, (*able, *others), open)
 
@@ -142,34 +134,6 @@ def runnable(op: str, device: torch.device) -> list[str]:
     """The backends of an op that can run on such a device here."""
     known = dispatch._implementations(op)
     return [name for name, implementation in known.items() if implementation.can_run(device.type)[0]]
-
-
-def flat(result: Any) -> list[torch.Tensor]:
-    """The tensors of a result, in order."""
-    if isinstance(result, torch.Tensor):
-        return [result.detach()]
-    parts = vars(result).values() if hasattr(result, "__dict__") else result or ()
-    return [tensor for part in parts for tensor in flat(part)]
-
-
-def unlike(got: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
-    """How results differ by more than some roundings of their dtypes; "" if they do not.
-
-    A number by itself is a sum or a norm of everything, n numbers: it may differ by sqrt(n) roundings, which is what
-    sums gather in whatever order (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
-    """
-    of_sums = max(4, max((b.numel() for b in expected), default=0) ** 0.5)
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"result {i}: {a.dtype} {list(a.shape)}, the reference has {b.dtype} {list(b.shape)}"
-        if not a.is_floating_point():
-            if not torch.equal(a, b):
-                return f"result {i}: other numbers than the reference's"
-            continue
-        error, norm = (a.double() - b.double()).norm(), b.double().norm()
-        if not error <= (4 if b.dim() else of_sums) * torch.finfo(b.dtype).eps * norm:
-            return f"result {i}: error {error:.2e}, norm {norm:.2e}"
-    return ""
 
 
 # ---- running them ----

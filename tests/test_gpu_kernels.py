@@ -4,12 +4,16 @@ import functools
 import json
 import math
 import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import attention_peers
 import bench_adamw_ema
 import choices
 import gpu_kernels
+import judging
 import pytest
 import records
 import torch
@@ -175,13 +179,13 @@ def test_every_op_has_cases(monkeypatch):
 def test_unlike():
     whole = torch.tensor([1, 2, 4])
     single, half = whole.float(), whole.bfloat16()
-    assert gpu_kernels.unlike([whole], [torch.tensor([1, 2, 3])]) != ""
-    assert gpu_kernels.unlike([single + 1e-4], [single]) != "" == gpu_kernels.unlike([single + 1e-6], [single])
-    assert gpu_kernels.unlike([half + 0.01], [half]) == "" != gpu_kernels.unlike([half + 0.1], [half])
-    assert gpu_kernels.unlike([single * torch.nan], [single]) != "" != gpu_kernels.unlike([single], [half])
+    assert judging.unlike([whole], [torch.tensor([1, 2, 3])]) != ""
+    assert judging.unlike([single + 1e-4], [single]) != "" == judging.unlike([single + 1e-6], [single])
+    assert judging.unlike([half + 0.01], [half]) == "" != judging.unlike([half + 0.1], [half])
+    assert judging.unlike([single * torch.nan], [single]) != "" != judging.unlike([single], [half])
     total, many = torch.tensor(1.0), torch.ones(10_000)  # the sum of many may be 100 roundings off
-    assert gpu_kernels.unlike([total + 1e-5, many], [total, many]) == ""
-    assert gpu_kernels.unlike([total + 1e-5], [total]) != "" != gpu_kernels.unlike([total + 2e-5, many], [total, many])
+    assert judging.unlike([total + 1e-5, many], [total, many]) == ""
+    assert judging.unlike([total + 1e-5], [total]) != "" != judging.unlike([total + 2e-5, many], [total, many])
 
 
 @pytest.fixture
@@ -388,6 +392,32 @@ def test_cold_clock(monkeypatch):
     log.clear()
     clock(lambda: log.append("call"), CPU)
     assert log == ["sweep"] * 10 + ["event", "call", "event"]
+
+
+# ---- by pytest ----
+
+
+@pytest.mark.parametrize(("result", "said"), [(1.0, "1 passed"), (2.0, "cpp: result 0: error 1.00e+00")])
+def test_a_bench_file_judges_before_it_times(tmp_path, result, said):
+    bench = tmp_path / "bench_draw_batch.py"
+    bench.write_text(f"""
+import torch
+
+def build(case):
+    return lambda: torch.tensor({result} if case == "x-cpp" else 1.0), 1.0, "bytes"
+
+def test(in_turns):
+    in_turns(build, "x", ("cpp", "reference"))
+""")
+    folder = Path(gpu_kernels.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "conftest", "--import-mode=importlib", "-q", str(bench)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+    )
+    assert said in done.stdout, done.stdout + done.stderr
 
 
 # ---- rows ----
