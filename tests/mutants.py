@@ -318,7 +318,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     (
         "benchmarks/choices.py",
-        ("tests/test_gpu_kernels.py",),
+        ("tests/test_choices.py",),
         (
             ("if len(cases) == most}", "}"),
             ('if row.get("wrong")}', "if False}"),
