@@ -86,7 +86,7 @@ def attention_case(
     batch, heads = (256, 8) if device.type == "cuda" else (4, 2)
     lengths = stratified(batch, length, most) if ragged else (length,) * batch
     problem = Problem(lengths, heads, width, DTYPES[dtype], device, ragged)
-    peers = attention_peers.peers(device)
+    peers = attention_peers.peers(device, ragged)
     if (width, dtype) not in ((64, "bf16"), (64, "fp32")):  # a look in passing: compiling takes the longest
         peers = {name: factory for name, factory in peers.items() if name not in ("torch_compiled", "torch_flex")}
     ours = [name for name in runnable("attention", device) if name != "reference"]
