@@ -430,6 +430,7 @@ def test_ratios_are_of_the_same_round():
     assert found["cpp"]["ratio"] == 1.0 and found["cpp"]["ratios"]["p80"] == pytest.approx(1.6)
     assert found["a"]["ratio"] == 1.0 and found["b"]["ratio"] == pytest.approx(2 / 3)
     assert found["cpp"]["gbs"] == 3.0 and found["cpp"]["copy_gbs"] == 8.0 and found["cpp"]["copy_share"] == 0.375
+    assert {row["rounds"] for row in rows} == {3}
     assert found["cpp"]["images_per_s"] == 2000 and "gflops" not in found["cpp"] and found["cpp"]["dtype"] == "bf16"
     alone = records.timed(records.fixed("op", "x"), {"cpp": [1.0], records.COPY: [1.0]}, [], {"flops": 1e6}, 1.0)[0]
     assert "ratio" not in alone and alone["gflops"] == 1.0 and "copy_share" not in alone
