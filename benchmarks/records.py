@@ -2,8 +2,9 @@
 
 A row: op, case (a shape in words), shape (the same in numbers), dtype, implementation, peer (whether it is none of
 maskdiff's), ms (20th, 50th and 80th percentile) of how many rounds, gbs, gflops or images_per_s, copy_share (of the
-copy rate measured in turns with it), best_peer and ratio (the peer's time over this one's, round by round; ratios has the percentiles),
-launches ("graph", "eager" or "host"); or error, why there is no time, and wrong, whether that is a wrong result.
+copy rate measured in turns with it), best_peer and ratio (the peer's time over this one's, round by round; ratios has
+the percentiles), launches ("graph", "eager" or "host"); or error, why there is no time, and wrong, whether that is a
+wrong result.
 With it: device ("cuda:9.0", "cpu:avx2"), card, commit, sources (a hash of the code, which edits change before they are
 committed), versions, time, and the card's own rates in that run.
 """
