@@ -83,7 +83,11 @@ gpu-kernels: links
 	$(PIP) install -e .
 	@touch $@
 
+# PyTorch for CUDA pins a Triton of its own; beside any other, the one that the tests were written with.
+NO_TRITON := import importlib.util as u, sys; sys.exit(sys.platform == "linux" and not u.find_spec("triton"))
+
 .venv/.installed-test: .venv/.torch pyproject.toml setup.py CMakeLists.txt
+	@$(BIN)/python -c '$(NO_TRITON)' || $(PIP) install triton==3.6.0
 	@echo "== installing maskdiff, what it needs and the test tools, building its kernels"
 	$(PIP) install -e '.[test]'
 	@touch .venv/.installed $@

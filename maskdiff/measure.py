@@ -181,13 +181,20 @@ def machine(device: torch.device) -> dict[str, str | int]:
 def commit() -> str | None:
     """The revision of this checkout, "-dirty" after it where code was changed since; None where there is none.
 
+    None as well without git, and where this file is in a checkout of something else, as installed packages can be.
     Results of benchmarks are no code: writing one must not make the next another revision's.
     """
-    here = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(here)]
-    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if found.returncode:
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        except OSError:
+            return None
+        return None if done.returncode else done.stdout.strip()
+
+    found = git("rev-parse", "--short=12", "HEAD")
+    if found is None or git("ls-files", "--error-unmatch", "maskdiff/measure.py") is None:
         return None
-    code = ["--", ".", ":(exclude)benchmarks/results", ":(exclude)docs", ":(exclude)*.md"]
-    clean = subprocess.run([*git, "diff", "--quiet", "HEAD", *code]).returncode == 0
-    return found.stdout.strip() + ("" if clean else "-dirty")
+    code = ("--", ".", ":(exclude)benchmarks/results", ":(exclude)docs", ":(exclude)*.md")
+    return found + ("-dirty" if git("diff", "--quiet", "HEAD", *code) is None else "")

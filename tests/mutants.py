@@ -358,6 +358,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("there / here for there, here", "here / there for there, here"),
             ("[old for old in self.rows if _place(old) != _place(row)]", "self.rows"),
+            ('CODE = ("commit", "sources")', 'CODE = ("commit",)'),
         ),
     ),
     (
@@ -366,14 +367,18 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("if said := judge(captured.result):", "if said := judge(call()):"),
             ("return 1 if runner.wrong else 0", "return 0"),
+            ('getattr(call, "fresh", lambda: None)()', "pass"),
             ('or not rows[name]["error"]]', "]"),
         ),
     ),
     (
         "benchmarks/choices.py",
-        ("tests/test_gpu_kernels.py",),
+        ("tests/test_choices.py",),
         (
-            ("set.intersection(*(", "set.union(*("),
+            ("if len(cases) == most}", "}"),
+            ('if row.get("wrong")}', "if False}"),
+            ('if row["card"] != card:', "if False:"),
+            ("if len(revisions) > 1:", "if False:"),
             ('if row["shape"]["backward"]:', "if True:"),
             ("    if options.write:\n", "    if True:\n"),
         ),
