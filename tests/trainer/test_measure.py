@@ -1,6 +1,5 @@
 """What maskdiff.measure says of the code that was measured."""
 
-import importlib.util
 import shutil
 import subprocess
 
@@ -17,7 +16,7 @@ def test_no_git_is_no_revision(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
-def test_the_revision_is_that_of_maskdiff_alone(tmp_path):
+def test_the_revision_is_that_of_maskdiff_alone(tmp_path, monkeypatch):
     """Not that of the repository in whose folder it happens to be installed."""
 
     def git(*arguments: str) -> str:
@@ -26,20 +25,18 @@ def test_the_revision_is_that_of_maskdiff_alone(tmp_path):
     path = tmp_path / "site-packages" / "maskdiff" / "measure.py"
     path.parent.mkdir(parents=True)
     shutil.copy(measure.__file__, path)
-    spec = importlib.util.spec_from_file_location("installed_measure", path)
-    installed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(installed)
+    monkeypatch.setattr(measure, "__file__", str(path))
     (tmp_path / "theirs").write_text("1")
     git("init", "--quiet")
     git("add", "theirs")
     git("commit", "--quiet", "-m", "theirs")
-    assert installed.commit() is None
+    assert measure.commit() is None
     git("add", ".")
     git("commit", "--quiet", "-m", "ours")
     head = git("rev-parse", "--short=12", "HEAD").strip()
-    assert installed.commit() == head
+    assert measure.commit() == head
     (path.parent / "notes.md").write_text("no code")
     git("add", ".")
-    assert installed.commit() == head
+    assert measure.commit() == head
     path.write_text(path.read_text() + "\n")
-    assert installed.commit() == f"{head}-dirty"
+    assert measure.commit() == f"{head}-dirty"
