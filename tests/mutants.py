@@ -309,7 +309,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "benchmarks/gpu_kernels.py",
         ("tests/test_gpu_kernels.py",),
         (
-            ("if said := judge(captured.result):", "if said := judge(call()):"),
+            ("if said := judge(found.result):", "if said := judge(call()):"),
             ("return 1 if runner.wrong else 0", "return 0"),
             ('or not rows[name]["error"]]', "]"),
         ),

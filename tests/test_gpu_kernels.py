@@ -160,7 +160,7 @@ def test_every_op_has_cases(monkeypatch):
 
 def test_cases_of_a_card(monkeypatch):
     """The lengths, dtypes and peers that a GPU is asked for, without one."""
-    monkeypatch.setattr(gpu_kernels, "runnable", lambda op, device: ["cuda", "triton", "sdpa", "reference"])
+    monkeypatch.setattr(dispatch, "able", lambda op, device: ["cuda", "triton", "sdpa", "reference"])
     cases = list(gpu_kernels.attention(torch.device("cuda")))
     assert len({case.key for case in cases}) == len(cases)
     shapes = [(case.fixed["shape"], case.fixed["dtype"], case) for case in cases]
