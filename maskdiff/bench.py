@@ -211,7 +211,7 @@ def run(
     for text in masks:
         progress(f"the parts of a step at {text}")
         parts[text] = bench.parts(bench.mask(text), few)
-    result = {
+    result: dict[str, Any] = {
         "machine": measure.machine(device),
         "commit": measure.commit(),
         "preset": config.preset,

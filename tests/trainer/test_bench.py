@@ -60,9 +60,7 @@ def test_a_range_of_rates(result):
     (row,) = (row for row in result["rows"] if row["range"])
     assert row["range"] == [0.2, 0.8] and row["rate"] == 0.5 and row["tokens"] == 9.5 and row["kind"] == "patch"
     assert row["effective_rate"] == 1 - 8.5 / 16
-    assert (
-        flops.ideal(TINY.model, [9]) < row["ideal"] < flops.ideal(TINY.model, [8])
-    )  # attention's work grows with the square of the length
+    assert flops.ideal(TINY.model, [9]) < row["ideal"] < flops.ideal(TINY.model, [8])
 
 
 def test_without_a_dense_step_nothing_is_compared():
