@@ -25,6 +25,7 @@ from .step import Mark, Objective, Source, train_step, unmarked
 IMAGES = 256  # random ones: a step's cost does not depend on what they show
 BASELINES = ("strong", "compiled", "published")
 OURS = "maskdiff"
+OWN = "maskdiff-own"  # our step by own kernels wherever there are some; benchmarks/gpu_step.py
 Row = dict[str, Any]
 Progress = Callable[[str], None]
 
@@ -219,6 +220,7 @@ def run(
         "batch": batch,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
         "rounds": rounds,
+        "turns": "interleaved rounds",
         "matrix_gflops": matrix_rate / 1e9,
         "copy_gbs": copied / (1e-3 * measure.quantiles(times["copy"])[1]) / 1e9,
         "rows": found,

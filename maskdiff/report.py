@@ -5,6 +5,7 @@ from typing import Any
 
 LABELS = {
     "maskdiff": "maskdiff",
+    "maskdiff-own": "maskdiff, own kernels throughout",
     "strong": "plain PyTorch, strong",
     "compiled": "plain PyTorch, strong, compiled",
     "published": "as published",
@@ -27,7 +28,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['preset']}, batch {result['batch']}, {result['precision']}, {where}, torch {machine['torch']}",
         f"matrix rate {result['matrix_gflops']:.0f} GFLOP/s, copy rate {result['copy_gbs']:.1f} GB/s, "
-        f"medians of {result['rounds']} interleaved rounds",
+        f"medians of {result['rounds']} {result['turns']}",
         "",
         *contestants(result["rows"], result["precision"]),
     ]
@@ -132,7 +133,13 @@ def picture(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in result["rows"] if row["kind"] in ("dense", "patch") and row["retained"] is not None]
-    colours = {"maskdiff": "#d1495b", "strong": "#00798c", "compiled": "#66a182", "published": "#8d96a3"}
+    colours = {
+        "maskdiff": "#d1495b",
+        "maskdiff-own": "#8c1c2e",
+        "strong": "#00798c",
+        "compiled": "#66a182",
+        "published": "#8d96a3",
+    }
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     ours = [row for row in rows if row["implementation"] == names[0] and not row["range"]]
@@ -159,7 +166,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    left.legend(frameon=False, loc="upper left")
+    left.legend(loc="best", fontsize=9, framealpha=0.85, edgecolor="none")
     machine = result["machine"]
     where = machine.get("card") or f"{machine['threads']} CPU threads, {machine['capability']}"
     figure.suptitle(

@@ -83,7 +83,7 @@ def test_the_log_has_the_retained_share_of_masked_steps(unbroken):
 def test_a_masked_stage_says_its_speed(tmp_path, capsys):
     training.run(tiny(tmp_path / "run", "--stages", "patch:0.75 x2 b16 lr2e-3"))
     captured = capsys.readouterr()
-    said = r"\d ms a step, \d+\.\d\dx faster than dense \(ideal 3\.9\dx, \d+% of it retained\)"
+    said = r"\d ms a step, \d+\.\d\dx faster than dense \(ideal 4\.42x, \d+% of it retained\)"
     assert re.search(said, captured.out) and re.search(r"images/s, .*% of it retained\)", captured.err)
 
 
