@@ -4,8 +4,8 @@ Our step (by own kernels wherever there are some, and by those that choices.json
 compiled, as published), of celeba64 and of the 256-pixel base model, at mask 0, 50, 75 and 90 %; peak memory; and
 whether our step ever waits for the card. A row is a contestant at one mask: it is made, warmed up, captured as a CUDA
 graph where that works, timed by the card's events in turns with a large product and a copy, and thrown away, for two
-dense steps do not fit into a card's memory together. Rows are written as they come (records.py); a second call goes on
-where the first one stopped. Whatever fails is a row that says why. `--device cpu` runs a tiny model, to try this code.
+dense steps of the base model do not fit into a card together. Rows are written as they come (records.py); a second call
+goes on where the first one stopped. Whatever fails is a row that says why. `--device cpu` runs a tiny model, as a try.
 """
 
 import argparse
