@@ -353,6 +353,31 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "kernels/dispatch.py",
+        ("tests/ops/test_interface.py", "-k", "choice_by_op or using"),
+        (
+            ("        _using.clear()\n", ""),
+            ('.get(op, "auto"), "MASKDIFF_KERNELS"', '.get(op, "reference"), "MASKDIFF_KERNELS"'),
+        ),
+    ),
+    (
+        "maskdiff/bench.py",
+        trainer("bench"),
+        (
+            ('if name != "published"), default', "if name), default"),
+            (
+                'clock.mark) -> None:\n                prediction.register_hook(lambda grad: mark("loss backward"))',
+                'clock.mark) -> None:\n                prediction.register_hook(lambda grad: mark("backward"))',
+            ),
+        ),
+    ),
+    ("maskdiff/bench_kernels.py", trainer("bench"), (("excess = ms - dense_ms / ideal", "excess = ms - dense_ms"),)),
+    (
+        "maskdiff/training.py",
+        (*trainer("training"), "-k", "retained or plan"),
+        (("self.dense_ms / step_ms / self.ideal", "self.dense_ms / step_ms"),),
+    ),
+    (
         "benchmarks/records.py",
         ("tests/test_gpu_kernels.py",),
         (
@@ -365,10 +390,27 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "benchmarks/gpu_kernels.py",
         ("tests/test_gpu_kernels.py",),
         (
-            ("if said := judge(captured.result):", "if said := judge(call()):"),
+            ("if said := judge(found.result):", "if said := judge(call()):"),
             ("return 1 if runner.wrong else 0", "return 0"),
             ('getattr(call, "fresh", lambda: None)()', "pass"),
             ('or not rows[name]["error"]]', "]"),
+        ),
+    ),
+    (
+        "benchmarks/gpu_step.py",
+        ("tests/test_gpu_step.py", "-k", "waits or skipped or own_kernels"),
+        (
+            ('        torch.cuda.set_sync_debug_mode("error")\n', ""),
+            ("return case.name not in self.kept.of(", "return case.name in self.kept.of("),
+            ("own_kernels(stand, case.mask) if case.name in (OWN, NO_SYNC) else {}", "{}"),
+        ),
+    ),
+    (
+        "benchmarks/predict.py",
+        ("tests/test_predict.py", "-k", "not holds"),
+        (
+            ("if key in needed}", "if key}"),
+            ("1: 2 * gradients}", "1: gradients}"),
         ),
     ),
     (

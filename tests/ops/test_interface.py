@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,6 +212,51 @@ def test_choice(monkeypatch):
         draw()
     with pytest.raises(ValueError, match="^op: got 'sum', takes one of adamw_ema, attention, draw_batch"):
         mk.backends("sum")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_choice_by_op(monkeypatch):
+    """MASKDIFF_KERNELS may name ops; `using` comes before it, an argument before both."""
+    monkeypatch.setenv("MASKDIFF_KERNELS", "attention=sdpa, adamw_ema=torch")
+    found = {"adamw_ema": "torch", "attention": "sdpa", **dict.fromkeys(OPS, "cpp")}
+    assert mk.chosen("cpu") == found
+    with mk.using(attention="explicit", draw_batch="reference"):
+        assert mk.chosen("cpu") == {**found, "attention": "explicit", "draw_batch": "reference"}
+        assert dispatch.choice("attention", "cpu", "cpp") == "cpp"
+        with mk.using(attention="auto"):
+            assert mk.chosen("cpu") == {**found, "attention": "cpp", "draw_batch": "reference"}
+        with pytest.raises(KeyError), mk.using(attention="cpp"):
+            raise KeyError
+        assert dispatch.choice("attention", "cpu") == "explicit"
+    assert mk.chosen("cpu") == found
+    for text, op in (("atention=sdpa", "atention"), ("attention=sdpa,cpp", "cpp"), ("attention=sdpa,", "")):
+        monkeypatch.setenv("MASKDIFF_KERNELS", text)
+        with pytest.raises(ValueError, match=f"^MASKDIFF_KERNELS: got '{op}' in '{text}', takes a name, or OP=NAME"):
+            draw()
+    monkeypatch.setenv("MASKDIFF_KERNELS", "attention=fast")
+    assert len(draw().n) == 4
+    with pytest.raises(ValueError, match="^MASKDIFF_KERNELS: got 'fast', attention takes auto or one of cuda, cpp"):
+        dispatch.choice("attention", "cpu")
+    with pytest.raises(ValueError, match="^using: got 'cp', draw_batch takes auto"), mk.using(draw_batch="cp"):
+        pass
+    with pytest.raises(ValueError, match="^op: got 'draw', takes one of"), mk.using(draw="cpp"):
+        pass
+    with mk.using(attention="cuda"), pytest.raises(ValueError, match="^using: 'cuda' of attention takes cuda tensors"):
+        dispatch.choice("attention", "cpu")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_using_holds_where_the_backward_runs(monkeypatch):
+    monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
+    ran = []
+    run = explicit.run_backward
+    monkeypatch.setattr(explicit, "run_backward", lambda *arguments: (ran.append("explicit"), run(*arguments))[1])
+    qkv = torch.randn(2, 5, 3, 1, 32, requires_grad=True)
+    with mk.using(attention="explicit"):
+        thread = threading.Thread(target=lambda: mk.attention(qkv).sum().backward())
+        thread.start()
+        thread.join()
+    assert ran == ["explicit"]
 
 
 def test_the_committed_table_is_sound():
