@@ -426,7 +426,7 @@ def test_where_cuda_cannot_another_runs(monkeypatch, there):
 
     monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "choose", lambda op, device, backend, length: cuda)
-    monkeypatch.setattr(triton_host, "load", load)
+    monkeypatch.setattr(triton_package, "load", load)
     monkeypatch.setattr(attention_op, "_where_cuda_cannot", attention_op._where_cuda_cannot.__wrapped__)
     short, long = random(1, 5, 3, 2, 64, dtype=torch.bfloat16), random(1, 300, 3, 2, 64, dtype=torch.bfloat16)
     chosen = [attention_op._choose(x, None, x.shape[1], "auto") for x in (short, long, short.float())]
