@@ -14,10 +14,9 @@ MOST_QUADS = 2**30  # the kernels count them in 32 bits, a step beyond the last
 def arguments(op: str, samples: Samples) -> dict[str, Any]:
     """Samples as the kernels take them. Raises ValueError for more than they can count."""
     patches, keep_ids = samples.patches, samples.keep_ids
-    if keep_ids.numel() * -(-samples.size // 4) > MOST_QUADS:
+    if quads_of(samples) > MOST_QUADS:
         raise ValueError(
-            f"backend: 'triton' of {op} takes at most 2^32 visible elements, not {keep_ids.numel()} patches of "
-            f"{samples.size}"
+            f"backend: 'triton' of {op} takes at most {MOST_QUADS} fours of visible elements, not {quads_of(samples)}"
         )
     return {
         "patches": patches,
@@ -42,6 +41,11 @@ def arguments(op: str, samples: Samples) -> dict[str, Any]:
         "CHANNELS": samples.size // samples.patch**2,
         "Q": Q,
     }
+
+
+def quads_of(samples: Samples) -> int:
+    """Of the batch: a patch ends in a part of one where four does not divide its elements."""
+    return samples.keep_ids.numel() * -(-samples.size // 4)
 
 
 def parts_of(work: int, batch: int, step: int, programs: int, most: int) -> int:

@@ -17,7 +17,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskdiff_kernels as mk
-from maskdiff_kernels import dispatch, library
+from maskdiff_kernels import dispatch, library, triton_package
 from maskdiff_kernels.ops.attention import cpp, cuda, sdpa, triton_host, xformers
 from maskdiff_kernels.ops.attention import op as attention_op
 

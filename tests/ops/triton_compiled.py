@@ -1,13 +1,11 @@
 """Compiles Triton kernels for GPUs that are not there, reads what they need, and runs cases in Triton's interpreter."""
 
-import functools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB that a block may have: CUDA C++ Programming Guide, 20.2
@@ -57,7 +55,17 @@ def instructions(binary: Any) -> set[str]:
 
 def run_cases(*arguments: object, **environment: str) -> None:
     """Runs pytest in a process of its own: whether triton interprets or compiles is settled as it is imported."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        *map(str, arguments),
+    ]
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths} | environment, capture_output=True, text=True)
     assert done.returncode == 0 and re.search(r"\d+ passed", done.stdout), done.stdout + done.stderr

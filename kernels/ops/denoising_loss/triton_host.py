@@ -31,8 +31,7 @@ def run(
     device, batch, strides = prediction.device, samples.n.shape[0], prediction.stride()
     mean, per_sample = (prediction.new_empty(shape, dtype=torch.float32) for shape in ((), (batch,)))
     error = torch.empty(prediction.shape if needs_grad else 0, dtype=prediction.dtype, device=device)
-    work = samples.keep_ids.numel() * -(-samples.size // 4)
-    parts = triton_visible.parts_of(work, batch, triton_visible.Q, PROGRAMS, MOST_SUMS)
+    parts = triton_visible.parts_of(triton_visible.quads_of(samples), batch, triton_visible.Q, PROGRAMS, MOST_SUMS)
     at = slot(device)
     with on(device):
         kernels("denoising_loss").score[(batch * parts,)](

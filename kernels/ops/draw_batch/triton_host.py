@@ -17,9 +17,9 @@ MOST = 4096
 def run(draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Image ids [B], visible patches [B, K] or [M], cu_patches [B + 1] or [0], flips [B], timesteps [B], drops [B]."""
     n, batch, group, patches = draw.n, draw.n.shape[0], len(draw.counts), math.prod(draw.grid)
-    for name, most in (("grid", patches), ("mask.counts", group)):
-        if most > MOST:
-            raise ValueError(f"{name}: got {most} in all, 'triton' of draw_batch takes at most {MOST}")
+    for name, count in (("grid", patches), ("mask.counts", group)):
+        if count > MOST:
+            raise ValueError(f"{name}: got {count} in all, 'triton' of draw_batch takes at most {MOST}")
     ragged = group > 1
     image_ids, timestep = torch.empty_like(n), torch.empty_like(n)
     visible = (batch // group * sum(draw.counts),) if ragged else (batch, *draw.counts)

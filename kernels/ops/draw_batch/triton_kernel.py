@@ -109,7 +109,10 @@ def _shared_out(
     return before, after - before
 
 
-@triton.jit(do_not_specialize=["down", "across", "size", "visible", "group", "group_visible", "batch"])
+NUMBERS = "images base timesteps flip label_dropout down across size visible group group_visible batch".split()
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def draw_batch(
     seed,  # [1] int64
     n,  # [B] int64

@@ -13,11 +13,11 @@ PROGRAMS = 2048  # twice what an H100 holds at a time, with 256 threads each
 def run(samples: Samples, dtype: torch.dtype) -> Tensor:
     """x_t, [B, K, P*P*C] or [M, P*P*C]. Patches of numbers out of range are NaN: nothing is read back."""
     given = triton_visible.arguments("noisy_patches", samples)
-    device, batch, total = samples.keep_ids.device, samples.n.shape[0], samples.keep_ids.numel()
+    device, batch, quads = samples.keep_ids.device, samples.n.shape[0], triton_visible.quads_of(samples)
     out = torch.empty((*samples.keep_ids.shape, samples.size), dtype=dtype, device=device)
-    if total == 0:
+    if quads == 0:
         return out
-    parts = triton_visible.parts_of(total * -(-samples.size // 4), batch, triton_visible.Q, PROGRAMS, PROGRAMS)
+    parts = triton_visible.parts_of(quads, batch, triton_visible.Q, PROGRAMS, PROGRAMS)
     kernel = kernels("noisy_patches").gather_and_add_noise
     with on(device):
         kernel[(batch * parts,)](**given, out=out, parts=parts, **triton_visible.OPTIONS)

@@ -37,9 +37,7 @@ def gather_and_add_noise(
     PER_PATCH: tl.constexpr = (ELEMENTS + 3) // 4
     sample, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     first, count = span(cu_patches, sample, visible, total)
-    image, t, in_range = image_and_timestep(
-        image_ids, timestep, alpha_sigma, sample, sample >= 0, images, timesteps
-    )
+    image, t, in_range = image_and_timestep(image_ids, timestep, alpha_sigma, sample, sample >= 0, images, timesteps)
     mirrored = tl.load(flip + sample)
     if alpha_sigma is not None:
         alpha, sigma = tl.load(alpha_sigma + 2 * t), tl.load(alpha_sigma + 2 * t + 1)
