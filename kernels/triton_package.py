@@ -1,4 +1,4 @@
-"""Loads the kernels that are written in Triton, and the package triton with them; one helpful error where it is absent."""
+"""Loads the kernels written in Triton, and the package triton with them; one helpful error where that is absent."""
 
 import functools
 import importlib

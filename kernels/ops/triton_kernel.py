@@ -1,8 +1,8 @@
 """What the Triton kernels of images share: counted randomness, and the visible elements of a sample.
 
 The formulas, and their order, are those of csrc/common: with no products and sums fused (launch with
-enable_fp_fusion=False) a GPU gives the bits that a CPU gives. Elements are taken by fours, a quad: as many normals as one
-block of counted randomness gives. Numbers out of range give NaN, and no memory is touched for them.
+enable_fp_fusion=False) a GPU gives the bits that a CPU gives. Elements are taken by fours, a quad: as many normals as
+one block of counted randomness gives. Numbers out of range give NaN, and no memory is touched for them.
 """
 
 import triton
@@ -132,8 +132,8 @@ def quads(
     ELEMENTS: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """Quads start .. start + Q - 1 of a sample: their patches, first elements and blocks of noise, the rows of the image
-    that hold their pixels, whether they exist, and whether their numbers are in range."""
+    """Quads start .. start + Q - 1 of a sample: their patches, first elements and blocks of noise, the rows of the
+    image that hold their pixels, whether they exist, and whether their numbers are in range."""
     PER_PATCH: tl.constexpr = (ELEMENTS + 3) // 4
     quad = start + tl.arange(0, Q)
     patch, in_patch = first + quad // PER_PATCH, quad % PER_PATCH

@@ -1,6 +1,7 @@
 """The Triton kernels of images have the bits of the C++: on a GPU, or on the CPU in Triton's interpreter.
 
-pytest runs this file in a process of its own (see test_images_triton.py): what triton does is settled as it is imported.
+pytest runs this file in a process of its own (see test_images_triton.py): what triton does is settled as it is
+imported.
 """
 
 import dataclasses
@@ -165,7 +166,7 @@ def test_noisy_patches_are_those_of_cpp(case, make_case, alpha_sigma, seed):
 
 @pytest.mark.usefixtures("poisoned")
 def test_losses_are_those_of_cpp(case, make_case, alpha_sigma, weight, seed):
-    """The error and its gradient to the bit; the losses, whose sums are made in another order, but for some roundings."""
+    """The gradient to the bit; the losses, whose sums are made in another order, but for some roundings."""
     store, batch = make_case(case)
     size = case.patch**2 * case.channels
     wide = torch.randn(*batch.keep_ids.shape, size + case.gap, generator=torch.Generator().manual_seed(4))

@@ -1,7 +1,8 @@
 """denoising_loss in Triton, on any vendor's GPU: needs the package triton, so triton_host.py imports it at first use.
 
-Programs share a sample and add up its squares in double precision; whichever program comes last adds up those sums, always
-in the same order: the same bits every time. How it knows that it is the last: a counter, zero from the start and left so.
+Programs share a sample and add up its squares in double precision; whichever program comes last adds up those sums,
+always in the same order: the same bits every time. It knows that it is the last by a counter, zero from the start and
+left so.
 """
 
 import triton
@@ -85,7 +86,7 @@ def score(
     CHANNELS: tl.constexpr,
     Q: tl.constexpr,  # quads at a time
 ):
-    """Program (sample, part): the squares, and 2 weight (prediction - target), of every parts-th Q quads of a sample."""
+    """Program (sample, part): the squares, and 2 weight (prediction - target), of every parts-th Q quads."""
     ELEMENTS: tl.constexpr = PATCH * PATCH * CHANNELS
     PER_PATCH: tl.constexpr = (ELEMENTS + 3) // 4
     sample, part = tl.program_id(0) // parts, tl.program_id(0) % parts
