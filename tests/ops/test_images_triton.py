@@ -11,6 +11,7 @@ from triton_compiled import SHARED, compiled, instructions, resources, run_cases
 
 from maskdiff_kernels import triton_package
 from maskdiff_kernels.ops import triton_visible
+from maskdiff_kernels.ops.denoising_loss import triton_host as loss_host
 from maskdiff_kernels.ops.draw_batch import triton_host as draw_host
 from maskdiff_kernels.ops.structs import MASKS, TARGETS
 
@@ -134,6 +135,13 @@ def test_a_mask_rate_compiles_nothing_new():
         numbers = [p for p in parameters if not p.is_constexpr and types.get(p.name, "i32")[0] != "*"]
         assert len(numbers) > 4
         assert {p.name for p in numbers if not p.do_not_specialize} <= {name for name in types if "stride" in name}
+
+
+def test_no_graph_captures_the_first_call(monkeypatch):
+    """It would own the memory of the counters, and zero them whenever it runs."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="^denoising_loss: captured in a graph at its first call"):
+        loss_host._counters.__wrapped__(torch.device("cuda", 0))
 
 
 def test_parts():
