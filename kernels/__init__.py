@@ -8,6 +8,7 @@ compiled kernels; `backends` tells which can run here.
 from maskdiff_kernels import philox
 from maskdiff_kernels.dispatch import backends, chosen
 from maskdiff_kernels.library import LibraryError, cpu_level, source_version
+from maskdiff_kernels.ops.adamw_ema.averages import PowerEma
 from maskdiff_kernels.ops.adamw_ema.op import adamw_ema
 from maskdiff_kernels.ops.adamw_ema.state import AdamState
 from maskdiff_kernels.ops.attention.flops import FLOPS
@@ -25,6 +26,7 @@ __all__ = [
     "Batch",
     "LibraryError",
     "Mask",
+    "PowerEma",
     "Store",
     "adamw_ema",
     "attention",

@@ -45,7 +45,7 @@ _OPS: dict[str, dict[str, Implementation]] = {}
 
 def register(op: str, **implementations: ModuleType) -> None:
     """Names the implementations of an op. The name says what it needs: cpp the CPU library, cuda the CUDA library and a
-    GPU, triton and xformers such a package and a GPU, the others nothing."""
+    GPU, triton, xformers and apex such a package and a GPU, the others nothing."""
     kinds: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
         "reference": ((), lambda: "plain PyTorch, any device"),
         "cpp": (("cpu",), lambda: f"C++, {library.cpu_level()}"),
@@ -55,6 +55,7 @@ def register(op: str, **implementations: ModuleType) -> None:
         "explicit": ((), lambda: "PyTorch's products and softmax, any device"),
         "triton": (triton_package.DEVICES, triton_package.load),
         "xformers": (("cuda",), lambda: implementations["xformers"].load()),
+        "apex": (("cuda",), lambda: implementations["apex"].load()),
     }
     _OPS[op] = {name: Implementation(module, *kinds[name]) for name, module in implementations.items()}
 
@@ -71,12 +72,14 @@ def backends(op: str) -> dict[str, tuple[bool, str]]:
     return {name: implementation.can_run() for name, implementation in _implementations(op).items()}
 
 
-def chosen(device: torch.device | str, backend: str = "auto") -> dict[str, str]:
+def chosen(device: torch.device | str, backend: str = "auto", **by_op: str) -> dict[str, str]:
     """The implementation of every op that runs for tensors on `device`: what a run writes down. Raises as `choice`.
+
+    `by_op` names another `backend` for some of them: adamw_ema="torch".
 
     Where it depends on the length, all are named: "cuda to 288 tokens, triton beyond".
     """
-    return {op: _words(_chosen(op, device, backend)) for op in _OPS}
+    return {op: _words(_chosen(op, device, by_op.get(op, backend))) for op in _OPS}
 
 
 def choice(op: str, device: torch.device | str, backend: str = "auto", length: int = 0) -> str:

@@ -14,7 +14,7 @@ from conformance import Cuda, Host, run_cases, set_up
 
 FP32, BF16, FP16 = 0, 1, 2  # maskdiff_dtype
 FLATS = ("master", "exp_avg", "exp_avg_sq", "ema", "ema2")
-NUMBERS = (0.9, 0.99, 1e-6, 0.3, 0.75, 0.25)  # as maskdiff_adamw_numbers
+NUMBERS = (0.9, 0.99, 1e-6, 0.3, 0.75, 0.25)  # as maskdiff_adamw_numbers, but for the gammas
 
 
 class Update(ctypes.Structure):
@@ -29,7 +29,10 @@ class Update(ctypes.Structure):
 class Numbers(ctypes.Structure):
     """maskdiff_adamw_numbers."""
 
-    _fields_ = [(name, ctypes.c_double) for name in "beta1 beta2 eps weight_decay ema_decay ema2_decay".split()]
+    _fields_ = [
+        (name, ctypes.c_double)
+        for name in "beta1 beta2 eps weight_decay ema_decay ema2_decay ema_gamma ema2_gamma".split()
+    ]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Case:
     low: int = BF16
     low_size: int = 0
     two: bool = False  # averages
+    gammas: tuple[float, float] = (-1, -1)  # of the averages: by a power function from 0 on
     bound: float = 0.5
     bad: float | None = None  # the last gradient's last element
 
@@ -94,7 +98,7 @@ def run(library: ctypes.CDLL, case: Case, seed: int = 0, on: type[Host] | type[C
     outputs = [memory.put(np.full(1, np.nan, np.float32)) for _ in range(2)]
     workspace = memory.put(np.full(library.maskdiff_cuda_adamw_ema_workspace(), np.nan))
     explain = set_up(library, on, seed)
-    numbers = Numbers(*NUMBERS)
+    numbers = Numbers(*NUMBERS, *case.gammas)
     code = library.maskdiff_cuda_adamw_ema(ctypes.byref(update), ctypes.byref(numbers), *outputs, workspace, 0, None)
     results = {name: memory.take(pointers[name], array.shape, array.dtype.type) for name, array in arrays.items()}
     for name, output in zip(("norm", "skipped"), outputs, strict=True):
@@ -108,10 +112,10 @@ def run(library: ctypes.CDLL, case: Case, seed: int = 0, on: type[Host] | type[C
 
 CASES = {
     "one": Case((1,)),
-    "odd": Case((15, 16, 17), gap=3, low_size=20, two=True),
+    "odd": Case((15, 16, 17), gap=3, low_size=20, two=True, gammas=(-1, 3.5)),
     "fours": Case((1024, 20, 512, 5), gap=4, dtypes=(BF16, FP32), low_size=1042),
     "aligned": Case((16388, 32768, 12), dtypes=(FP32, BF16, FP16), low_size=49157),
-    "halves": Case((4096, 3, 700), dtypes=(BF16, FP16, FP32), low=FP16, low_size=4103, two=True),
+    "halves": Case((4096, 3, 700), dtypes=(BF16, FP16, FP32), low=FP16, low_size=4103, two=True, gammas=(6.94, -1)),
     "chunks": Case((16383, 1, 16385, 16384), dtypes=(FP32, BF16), low_size=49153, bound=np.inf),
     "sums": Case((3, 40_000), gap=16, dtypes=(BF16,), low_size=40_035),
     "many": Case((5, 8, 1) * 400, gap=1, dtypes=(FP32, BF16), low_size=6000),

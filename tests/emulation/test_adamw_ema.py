@@ -40,7 +40,7 @@ def update(case: Case, dtype: torch.dtype) -> Update:
     decays = [i % 2 == 0 for i in range(len(case.sizes))]
     counts, hyper = (torch.tensor(3.0), torch.tensor(1.0)), torch.tensor([0.02, case.bound])
     layout = (case.offsets, list(case.sizes), decays)
-    return Update(*flats.values(), low, *counts, *layout, gradients(case), hyper, *adamw_cases.NUMBERS)
+    return Update(*flats.values(), low, *counts, *layout, gradients(case), hyper, *adamw_cases.NUMBERS, *case.gammas)
 
 
 def parts(case: Case, flat: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import emulate
 import pytest
 import torch
+from apex_stand_in import apex_on_cpu
 from placing import here
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from maskdiff_kernels import dispatch, library
 from maskdiff_kernels.triton_package import INTERPRETED
 
 TIMESTEPS = 50
-ON_CUDA, EMULATOR = "on-cuda", "emulated"
+ON_CUDA, EMULATOR, STAND_IN = "on-cuda", "emulated", "stand-in"
 EMULATED = ("noisy_patches", "denoising_loss")  # ops whose CUDA kernels run here too, in the emulator
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products on a GPU take
 
@@ -55,6 +56,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         found = implementations(backends_of(path))
         if path.stem.removeprefix("test_") in EMULATED and not emulate.no_emulator():
             found.append(f"cuda-{EMULATOR}")
+        if "apex" in backends_of(path):
+            found.append(f"apex-{STAND_IN}")
         metafunc.parametrize("implementation", found, indirect=True)
 
 
@@ -90,6 +93,9 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
             yield backend
     elif where == EMULATOR:
         with cuda_on_cpu():
+            yield backend
+    elif where == STAND_IN:
+        with apex_on_cpu():
             yield backend
     else:
         with library.use_cpu_level(where or library.cpu_level()):
