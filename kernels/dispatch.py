@@ -20,11 +20,7 @@ from typing import Any
 
 import torch
 
-from maskdiff_kernels import library
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton, which reads the same variable when it is imported, runs its kernels in Python, on the CPU."""
-TRITON_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+from maskdiff_kernels import library, triton_package
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def register(op: str, **implementations: ModuleType) -> None:
         "torch": ((), lambda: "PyTorch's fused optimizer, any device"),
         "sdpa": ((), lambda: "PyTorch's scaled_dot_product_attention, any device"),
         "explicit": ((), lambda: "PyTorch's products and softmax, any device"),
-        "triton": (TRITON_DEVICES, lambda: implementations["triton"].load()),
+        "triton": (triton_package.DEVICES, triton_package.load),
         "xformers": (("cuda",), lambda: implementations["xformers"].load()),
         "apex": (("cuda",), lambda: implementations["apex"].load()),
     }

@@ -32,7 +32,7 @@ COPIED = (
 TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them hang is noticed
 
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
-TRITON = ("tests/ops/test_attention_triton.py", "-k", "interpreter")
+TRITON, IMAGES = (("tests/ops/test_" + op + "_triton.py", "-k", "interpreter") for op in ("attention", "images"))
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
 CAPTURE = ("tests/trainer/test_capture.py", "-k", "not runs_are_the_same and not planted")
@@ -213,6 +213,51 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("(0, grad_out.stride(0))", "(0, qkv.shape[-1] * qkv.shape[-2])"),
             ("if length <= most)", "if length < most + 2)"),
+        ),
+    ),
+    (
+        "kernels/ops/triton_kernel.py",
+        IMAGES,
+        (
+            ("PATCH - 1 - 2 * (", "PATCH - 1 - ("),
+            ("(bits - 0x3F3504F3) >> 23", "(bits - 0x3F000000) >> 23"),
+            ("(place >= 0) & (place < places)", "(place >= 0)"),
+            ("exists = exists & (element < ELEMENTS)", "exists = exists & (element <= ELEMENTS)"),
+            ("tl.where(flip, place - column", "tl.where(place < 0, place - column"),
+        ),
+    ),
+    (
+        "kernels/ops/noisy_patches/triton_kernel.py",
+        IMAGES,
+        (("count * PER_PATCH, parts * Q)", "count * PER_PATCH, parts * parts * Q)"),),
+    ),
+    (
+        "kernels/ops/denoising_loss/triton_kernel.py",
+        IMAGES,
+        (
+            ("tl.store(counter, 0)", "tl.store(counter, 1)"),
+            ("prediction -= first * patch_stride", "prediction -= 0 * patch_stride"),
+            ("x - target, 0.0)", "x - target, 1.0)"),
+            ("loss *= tl.load(weight + t,", "loss *= tl.load(weight + t * 0,"),
+        ),
+    ),
+    (
+        "kernels/ops/draw_batch/triton_kernel.py",
+        IMAGES,
+        (
+            ("tl.where(below < wanted,", "tl.where(below <= wanted,"),
+            ("(index <= most) & (left > 0)", "(index <= most)"),
+            ("index <= most", "index < most"),
+            ("while x >= images:", "while x > images:"),
+            ("tl.load(n + sample - member)", "tl.load(n + sample)"),
+        ),
+    ),
+    (
+        "kernels/ops/triton_visible.py",
+        ("tests/ops/test_images_triton.py", "-k", "parts or spilling"),
+        (
+            ("return -(-each // (turns * step)) if", "return -(-each // step) if"),
+            ('"enable_fp_fusion": False', '"enable_fp_fusion": True'),
         ),
     ),
     (

@@ -176,7 +176,7 @@ def test_backward_refuses(library, change: dict[str, int], code: int):
 def test_slots():
     """A stream keeps its counter; their number is the library's."""
     cpu = torch.device("cpu")
-    assert cuda._slot(cpu) == cuda._slot(cpu) != cuda._slot(torch.device("cpu", 1))
+    assert cuda.slot(cpu) == cuda.slot(cpu) != cuda.slot(torch.device("cpu", 1))
     header = (emulate.ROOT / "csrc" / "maskdiff_kernels.h").read_text()
     assert re.findall(r"#define MASKDIFF_CUDA_SLOTS (\d+)", header) == [str(cuda.SLOTS)] == [str(visible_cases.SLOTS)]
 
@@ -184,7 +184,7 @@ def test_slots():
 def test_slots_end(monkeypatch):
     monkeypatch.setattr(cuda, "_fresh", iter([cuda.SLOTS]))
     with pytest.raises(RuntimeError, match="captured in graphs 16384 times"):
-        cuda._slot(torch.device("cpu", 2))
+        cuda.slot(torch.device("cpu", 2))
 
 
 @pytest.mark.parametrize(("sanitizer", "names"), [("address", tuple(CASES)), ("thread", ("twelve",))])

@@ -17,7 +17,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskdiff_kernels as mk
-from maskdiff_kernels import dispatch, library
+from maskdiff_kernels import dispatch, library, triton_package
 from maskdiff_kernels.ops.attention import cpp, cuda, sdpa, triton_host, xformers
 from maskdiff_kernels.ops.attention import op as attention_op
 
@@ -426,7 +426,7 @@ def test_where_cuda_cannot_another_runs(monkeypatch, there):
 
     monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "choose", lambda op, device, backend, length: cuda)
-    monkeypatch.setattr(triton_host, "load", load)
+    monkeypatch.setattr(triton_package, "load", load)
     monkeypatch.setattr(attention_op, "_where_cuda_cannot", attention_op._where_cuda_cannot.__wrapped__)
     short, long = random(1, 5, 3, 2, 64, dtype=torch.bfloat16), random(1, 300, 3, 2, 64, dtype=torch.bfloat16)
     chosen = [attention_op._choose(x, None, x.shape[1], "auto") for x in (short, long, short.float())]

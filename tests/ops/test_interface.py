@@ -200,6 +200,8 @@ def test_choice(monkeypatch):
         if "cuda" in backends:
             able, reason = backends.pop("cuda")
             assert able or re.search("the CUDA kernels were not built|is stale|sees no CUDA device", reason)
+        able, reason = backends.pop("triton")
+        assert able or re.search("triton is not there|sees no CUDA device", reason)
         assert backends == {
             "cpp": (True, f"C++, {mk.cpu_level()}"),
             "reference": (True, "plain PyTorch, any device"),

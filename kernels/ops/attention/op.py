@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskdiff_kernels import dispatch
+from maskdiff_kernels import dispatch, triton_package
 from maskdiff_kernels.library import LibraryError
 from maskdiff_kernels.ops import checks
 from maskdiff_kernels.ops.attention import cpp, cuda, explicit, layout, reference, sdpa, triton_host, xformers
@@ -119,7 +119,7 @@ def _choose(qkv: Tensor, cu_seqlens: Tensor | None, length: int, backend: str) -
 def _where_cuda_cannot() -> ModuleType:
     """Triton, which takes every tensor, or PyTorch's own where it is not there."""
     try:
-        triton_host.load()
+        triton_package.load()
     except LibraryError:
         return sdpa
     return triton_host
