@@ -216,7 +216,7 @@ def test_nothing_planted_nothing_noticed(library):
 def differs(library: ctypes.CDLL, built: str, prefix: str) -> bool:
     """Whether the emulator reports an error or any bit is another, in one of a few cases, threads up or down."""
     copy = emulate.load(built)
-    for name in ("odd", "fours", "long", "ragged", "slots", "unaligned", "gap", "turns"):
+    for name in ("odd", "fours", "long", "ragged", "slots", "unaligned", "gap", "turns", "crowd"):
         for op in (visible_cases.noisy_patches, visible_cases.denoising_loss):
             sound = op(library, CASES[name])
             for order in (0, 1):

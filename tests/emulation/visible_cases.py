@@ -193,6 +193,7 @@ CASES = {
     "long": Case((420,), patch=2, grid=(21, 20), dtype=BF16, target="eps"),
     "many": Case((36,) * 2, patch=8, grid=(6, 6)),
     "turns": Case((6,), patch=64, grid=(2, 3), dtype=BF16),
+    "crowd": Case((1,) * 300, patch=1, channels=1),
     "empty": Case((0, 0), ragged=True),
     "gap": Case((2,) * 2, gap=1, target="eps"),
     "plain": Case((9,) * 2, noisy=False, dtype=BF16),
