@@ -95,7 +95,7 @@ def run_sanitized(sanitizer: str, *arguments: str) -> subprocess.CompletedProces
     }
     command = [os.path.realpath(sys.executable), *arguments]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def _runtime(name: str) -> str:
