@@ -10,9 +10,8 @@ import ctypes
 from dataclasses import dataclass
 
 import numpy as np
-from conformance import Cuda, Host, run_cases, set_up
+from conformance import BF16, FP16, FP32, Cuda, Host, as_dtype, run_cases, set_up
 
-FP32, BF16, FP16 = 0, 1, 2  # maskdiff_dtype
 FLATS = ("master", "exp_avg", "exp_avg_sq", "ema", "ema2")
 NUMBERS = (0.9, 0.99, 1e-6, 0.3, 0.75, 0.25)  # as maskdiff_adamw_numbers
 
@@ -59,14 +58,13 @@ class Case:
         return dict(zip(FLATS, [values[0], 0.1 * values[1], values[2] ** 2, *values[3:]], strict=True))
 
     def gradients(self) -> list[np.ndarray]:
-        """float32, or bit patterns of 16; for bf16 cut off, since any value does."""
+        """One a parameter, as the kernels take it."""
         random, results = np.random.default_rng(self.total), []
         for i, size in enumerate(self.sizes):
-            x, dtype = random.standard_normal(size, np.float32), self.dtypes[i % len(self.dtypes)]
+            x = random.standard_normal(size, np.float32)
             if self.bad is not None and i == len(self.sizes) - 1:
                 x[-1] = self.bad
-            halves = x.astype(np.float16).view(np.uint16) if dtype == FP16 else (x.view(np.uint32) >> 16)
-            results.append(x if dtype == FP32 else halves.astype(np.uint16))
+            results.append(as_dtype(x, self.dtypes[i % len(self.dtypes)]))
         return results
 
 
