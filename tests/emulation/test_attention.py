@@ -95,7 +95,7 @@ def check(library: ctypes.CDLL, case: Case) -> None:
         got = (out[part], lse[part[0], :, part[1]], grad_qkv[part])
         for name, x, exact, other, times in zip(("out", "lse", "grad"), got, truth, same, (2, 2, 3), strict=True):
             error, peer = ((y.double() - exact).abs().max().item() for y in (x, other))
-            most = times * peer + torch.finfo(other.dtype).eps * exact.abs().max().item()
+            most = times * peer + torch.finfo(other.dtype).eps / 2 * exact.abs().max().item()
             print(f"{name} {tuple(x.shape)}: error {error:.2e}, PyTorch's {peer:.2e}")
             assert error <= most, (case, name, error, peer)  # NaN fails too
 
