@@ -6,7 +6,9 @@ What they mean is tested by tests/ops/test_<op>.py, which run them as one more i
 import ctypes
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import emulate
 import numpy as np
@@ -30,7 +32,7 @@ MOST_REGISTERS = {"noisy_patches": 40, "denoising_loss": 64}  # 48 and 32 warps 
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    return emulate.load(emulate.build("visible", emulate.VISIBLE))
+    return emulate.load_ops()
 
 
 def store_and_batch(case: Case) -> tuple[mk.Store, mk.Batch, dict[str, torch.Tensor]]:
@@ -181,6 +183,19 @@ def test_slots():
     assert cuda._slot(cpu) == cuda._slot(cpu) != cuda._slot(torch.device("cpu", 1))
     header = (emulate.ROOT / "csrc" / "maskdiff_kernels.h").read_text()
     assert re.findall(r"#define MASKDIFF_CUDA_SLOTS (\d+)", header) == [str(cuda.SLOTS)] == [str(visible_cases.SLOTS)]
+
+
+def test_launches_that_may_run_side_by_side_share_no_slot(monkeypatch):
+    """With stand-ins for a GPU's streams: those of one stream share one, those that a graph captures share none."""
+    stream, capturing, gpu = SimpleNamespace(cuda_stream=1), False, torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    first, again = (cuda._slot(gpu) for _ in range(2))
+    capturing = True
+    captured = [cuda._slot(gpu) for _ in range(3)]
+    capturing, stream = False, SimpleNamespace(cuda_stream=2)
+    assert first == again and len({first, *captured, cuda._slot(gpu)}) == 5
 
 
 def test_slots_end(monkeypatch):
