@@ -43,6 +43,7 @@ class Case:
     two: bool = False  # averages
     bound: float = 0.5
     bad: float | None = None  # the last gradient's last element
+    shift: str = ""  # the buffer, or "grads", that starts in the middle of four elements
 
     @property
     def offsets(self) -> list[int]:
@@ -78,8 +79,12 @@ def run(library: ctypes.CDLL, case: Case, seed: int = 0, on: type[Host] | type[C
         "adam_step": np.array([3], np.float32),
         "ema_step": np.array([1], np.float32),
     }
-    pointers = {name: memory.put(array) for name, array in arrays.items()}
-    hyper, grads = memory.put(np.array([0.02, case.bound], np.float32)), [memory.put(g) for g in gradients]
+    head = {case.shift: 2}.get  # elements that stand before a buffer in its memory
+    wholes = {name: memory.put(np.pad(array, (head(name, 0), 0))) for name, array in arrays.items()}
+    whole_grads = [memory.put(np.pad(g, (head("grads", 0), 0))) for g in gradients]
+    pointers = {name: wholes[name].value + head(name, 0) * array.itemsize for name, array in arrays.items()}
+    grads = [whole.value + head("grads", 0) * g.itemsize for whole, g in zip(whole_grads, gradients, strict=True)]
+    hyper = memory.put(np.array([0.02, case.bound], np.float32))
     count = len(case.sizes)
     dtypes, decays = ([given[i % len(given)] for i in range(count)] for given in (case.dtypes, (1, 0)))
     tables = [(ctypes.c_int64 * count)(*values) for values in (dtypes, case.offsets, case.sizes, decays)]
@@ -94,10 +99,13 @@ def run(library: ctypes.CDLL, case: Case, seed: int = 0, on: type[Host] | type[C
     explain = set_up(library, on, seed)
     numbers = Numbers(*NUMBERS)
     code = library.maskdiff_cuda_adamw_ema(ctypes.byref(update), ctypes.byref(numbers), *outputs, workspace, 0, None)
-    results = {name: memory.take(pointers[name], array.shape, array.dtype.type) for name, array in arrays.items()}
+    results = {}
+    for name, array in arrays.items():
+        size = head(name, 0) + len(array)
+        results[name] = memory.take(wholes[name], (size,), array.dtype.type)[head(name, 0) :]
     for name, output in zip(("norm", "skipped"), outputs, strict=True):
         results[name] = memory.take(output, (1,), np.float32)
-    for used in (hyper, workspace, *grads):
+    for used in (hyper, workspace, *whole_grads):
         memory.take(used, (0,), np.uint8)
     if code:
         raise RuntimeError(explain(code))
@@ -113,6 +121,9 @@ CASES = {
     "chunks": Case((16383, 1, 16385, 16384), dtypes=(FP32, BF16), low_size=49153, bound=np.inf),
     "sums": Case((3, 40_000), gap=16, dtypes=(BF16,), low_size=40_035),
     "many": Case((5, 8, 1) * 400, gap=1, dtypes=(FP32, BF16), low_size=6000),
+    "capped": Case((5, 9), gap=2_200_000),  # more elements than one sum of squares each for the most blocks
+    **{f"{name}-shifted": Case((300, 17), low_size=317, two=True, shift=name) for name in (*FLATS, "low", "grads")},
+    "halves-shifted": Case((300, 17), dtypes=(BF16, FP16), low_size=317, shift="grads"),
     "bad": Case((300, 17), dtypes=(BF16, FP32), low_size=10, two=True, bad=np.nan),
 }
 

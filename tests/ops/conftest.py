@@ -17,7 +17,6 @@ from maskdiff_kernels import dispatch, library
 
 TIMESTEPS = 50
 ON_CUDA, EMULATOR = "on-cuda", "emulated"
-EMULATED = ("noisy_patches", "denoising_loss")  # ops whose CUDA kernels run here too, in the emulator
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products on a GPU take
 
 
@@ -33,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" in metafunc.fixturenames:
         path = metafunc.definition.path
         found = implementations(backends_of(path))
-        if path.stem.removeprefix("test_") in EMULATED and not emulate.no_emulator():
+        if path.stem.removeprefix("test_") in emulate.OPS and not emulate.no_emulator():
             found.append(f"cuda-{EMULATOR}")
         metafunc.parametrize("implementation", found, indirect=True)
 
@@ -79,11 +78,10 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 @contextmanager
 def cuda_on_cpu() -> Iterator[None]:
     """Lets the implementations "cuda" run on CPU tensors, by the emulated library."""
-    emulated = emulate.load(emulate.build("visible", emulate.VISIBLE))
-    emulated.maskdiff_cuda_error_text = emulated.wrapper_error
+    emulated = emulate.load_ops()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "cuda", lambda: emulated)
-        for op in EMULATED:
+        for op in emulate.OPS:
             cuda = dataclasses.replace(dispatch._OPS[op]["cuda"], devices=("cpu",), load=lambda: "emulated")
             patch.setitem(dispatch._OPS[op], "cuda", cuda)
         dispatch._choice.cache_clear()
