@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,27 @@ def test_codes_are_those_of_the_header():
         expected |= {str(key).removeprefix("torch.").upper(): code for key, code in table.items()}
     assert {name: codes.get(name) for name in expected} == expected
     assert int(re.search(r"MASKDIFF_ABI (\d+)", HEADER.read_text())[1]) == library.ABI
+
+
+def test_a_launch_goes_to_the_device_and_its_current_stream(monkeypatch):
+    """With stand-ins for the CUDA library and for the streams."""
+    calls: list[tuple] = []
+    codes = iter((0, structs.BAD_RANGE, 1002))
+    known = SimpleNamespace(
+        entry=lambda *given: calls.append(given) or next(codes),
+        maskdiff_cuda_error_text=lambda code: f"CUDA's error {code - 1000}".encode(),
+    )
+    monkeypatch.setattr(library, "cuda", lambda: known)
+    handles = {torch.device("cuda", 1): 2**40 + 1, torch.device("cuda", 2): 2**40 + 2}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=handles[device]))
+    structs.call_cuda("entry", torch.device("cuda", 1), 7, 8)
+    with pytest.raises(RuntimeError, match="^entry: error 1$"):
+        structs.call_cuda("entry", torch.device("cuda", 2))
+    with pytest.raises(RuntimeError, match="^entry: CUDA's error 2$"):
+        structs.call_cuda("entry", torch.device("cpu"))  # the emulator's only stream
+    assert [given[:-1] for given in calls] == [(7, 8, 1), (2,), (0,)]
+    assert all(isinstance(given[-1], ctypes.c_void_p) for given in calls)  # a number would be cut to 32 bits
+    assert [given[-1].value for given in calls] == [2**40 + 1, 2**40 + 2, None]
 
 
 # ---- levels ----
