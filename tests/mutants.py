@@ -34,6 +34,7 @@ TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them han
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
 TRITON = ("tests/ops/test_attention_triton.py", "-k", "interpreter")
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
+AVERAGES = ("tests/ops/test_adamw_ema.py", "tests/ops/test_adamw_averages.py", "-k", "power or averages")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
 PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
@@ -82,9 +83,6 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("norm > bound ?", "bound > 0.0f ?"),
             ("const float single = (float)sum;", "const float single = (float)__builtin_sqrt(sum);"),
             ("young < decay ? young : decay", "decay"),
-            ("if (k < 2.0) return 1.0;", ""),
-            ("i < 7; i++) share", "i < 6; i++) share"),
-            ("power_share(seen, gamma + 1.0)", "power_share(seen, gamma)"),
             ("* f.root + f.eps", "+ f.eps"),
             ("x.master = keep * x.master", "x.master = f.keep[1] * x.master"),
         ),
@@ -127,12 +125,21 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     (
         "kernels/ops/adamw_ema/apex.py",
-        (*ADAMW, "tests/ops/test_apex.py"),
+        ("tests/ops/test_adamw_ema.py", "tests/ops/test_apex.py", "-k", "apex"),
         (("flag.copy_(skipped)", "flag.zero_()"), ("any(low is None for low in lows)", "False")),
     ),
     (
+        "csrc/common/adamw.h",
+        AVERAGES,
+        (
+            ("if (k < 2.0) return 1.0;", ""),
+            ("i < 7; i++) share", "i < 6; i++) share"),
+            ("power_share(seen, gamma + 1.0)", "power_share(seen, gamma)"),
+        ),
+    ),
+    (
         "kernels/ops/adamw_ema/averages.py",
-        (*ADAMW, "tests/ops/test_adamw_averages.py"),
+        AVERAGES,
         (("seen.clamp(min=1)", "seen"), ("math.sqrt((gamma + 1)", "math.sqrt((gamma + 2)")),
     ),
     (
