@@ -3,7 +3,7 @@
 #   make test      style, types, build, tests
 #   make mutants   plants small faults one at a time: the tests must notice each
 #   make build     compiles the kernels again after a change in csrc/
-#   make gpu-test  on a machine with a GPU: builds, checks every instruction wrapper, all op tests, compute-sanitizer
+#   make gpu-test  on a machine with a GPU: builds, checks wrappers, all ops, steps as CUDA graphs, compute-sanitizer
 #   make gpu-kernels  times the kernels on its card beside their peers into benchmarks/results/; again: goes on
 # Variables: TORCH='torch==2.13.0' (what pip installs), PYTHON=python3, OUT=runs/first, TRAIN='--preset digits' (more
 # options), KERNELS='--only "L 257"' (options of gpu-kernels). The gpu- targets take .venv if it is there, else PYTHON.
@@ -83,7 +83,11 @@ gpu-kernels: links
 	$(PIP) install -e .
 	@touch $@
 
+# PyTorch for CUDA pins a Triton of its own; beside any other, the one that the tests were written with.
+NO_TRITON := import importlib.util as u, sys; sys.exit(sys.platform == "linux" and not u.find_spec("triton"))
+
 .venv/.installed-test: .venv/.torch pyproject.toml setup.py CMakeLists.txt
+	@$(BIN)/python -c '$(NO_TRITON)' || $(PIP) install triton==3.6.0
 	@echo "== installing maskdiff, what it needs and the test tools, building its kernels"
 	$(PIP) install -e '.[test]'
 	@touch .venv/.installed $@

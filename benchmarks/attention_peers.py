@@ -146,6 +146,19 @@ def sdpa(problem: Problem) -> Attend:
     return _on_equal_lengths(problem, attend)
 
 
+def each(problem: Problem) -> Attend:
+    """Ragged: scaled_dot_product_attention of one sequence after the other, without padding."""
+
+    def attend(qkv: Tensor) -> Tensor:
+        outs = []
+        for part in qkv.split(list(problem.lengths)):  # [L, 3, H, d]
+            q, k, v = part.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)  # [1, H, L, d]
+            outs.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1))
+        return torch.cat(outs)
+
+    return attend
+
+
 def pinned(problem: Problem, backend: SDPBackend) -> Attend:
     """The same by one of its kernels; ragged: on nested tensors."""
     if not problem.ragged:
@@ -276,6 +289,7 @@ def fmha(problem: Problem) -> Attend:
 
 
 ANYWHERE: dict[str, Callable[[Problem], Attend]] = {"torch_sdpa": sdpa, "torch_explicit": explicit}
+RAGGED: dict[str, Callable[[Problem], Attend]] = {"torch_each": each}  # beside them, where lengths differ
 ON_CUDA: dict[str, Callable[[Problem], Attend]] = {
     "torch_flash": functools.partial(pinned, backend=SDPBackend.FLASH_ATTENTION),
     "torch_cudnn": functools.partial(pinned, backend=SDPBackend.CUDNN_ATTENTION),
@@ -288,6 +302,8 @@ ON_CUDA: dict[str, Callable[[Problem], Attend]] = {
 }
 
 
-def peers(device: torch.device) -> dict[str, Callable[[Problem], Attend]]:
+def peers(device: torch.device, ragged: bool) -> dict[str, Callable[[Problem], Attend]]:
     """By name, the factories of what maskdiff's attention is measured beside on a device."""
-    return ON_CUDA if device.type == "cuda" else ANYWHERE
+    if device.type == "cuda":
+        return ON_CUDA
+    return {**ANYWHERE, **RAGGED} if ragged else ANYWHERE

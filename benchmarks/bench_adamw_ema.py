@@ -28,23 +28,38 @@ CUDA_PEERS = ("apex_fused_adam", "apex_fused_adam_swa")
 def build(case: str, device="cpu"):
     name, how = case.split("-")
     dtype, low = DTYPES[name], name == "bf16"
-    generator = torch.Generator().manual_seed(0)
     size = PARAMETERS // TENSORS // 16 * 16
     total, sizes = size * TENSORS, [size] * TENSORS
     work = total * (2 * dtype.itemsize + 8 * 4 + 2 * low)
-    flats = [torch.rand(total, generator=generator).to(device) for _ in range(4)]
-    copy = flats[0].bfloat16() if low else None
-    grads = [1e-3 * torch.randn(size, generator=generator).to(device, dtype) for _ in range(TENSORS)]
+    flats = [torch.empty(total, device=device) for _ in range(4)]
+    copy = torch.empty(total, dtype=torch.bfloat16, device=device) if low else None
+    grads = [torch.empty(size, dtype=dtype, device=device) for _ in range(TENSORS)]
+    counts = torch.empty((), device=device), torch.empty((), device=device)
+
+    def fresh():
+        """The values that every implementation starts from; those of the copy must be written, not kept."""
+        generator = torch.Generator().manual_seed(0)
+        for flat in flats:
+            flat.copy_(torch.rand(total, generator=generator))
+        for grad in grads:
+            grad.copy_(1e-3 * torch.randn(size, generator=generator))
+        for count in counts:
+            count.zero_()
+        if copy is not None:
+            copy.fill_(torch.nan)
+
+    fresh()
     if how in PEERS:
         return PEERS[how](flats, grads, copy), work, "bytes"
-    counts = torch.zeros((), device=device), torch.zeros((), device=device)
     offsets = [i * size for i in range(TENSORS)]
     state = mk.AdamState(*flats, *counts, offsets, sizes, [True] * TENSORS, low=copy)
     hyper = torch.tensor([LR, CLIP], device=device)
+    updated = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
 
     def ours():
-        return mk.adamw_ema(state, grads, hyper, BETAS, EPS, DECAY, EMA, backend=how)
+        return *mk.adamw_ema(state, grads, hyper, BETAS, EPS, DECAY, EMA, backend=how), *updated
 
+    ours.fresh = fresh
     return ours, work, "bytes"
 
 

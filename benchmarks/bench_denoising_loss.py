@@ -45,7 +45,7 @@ def build(case: str, device="cpu"):
 
     def ours():
         loss, _ = mk.denoising_loss(prediction, store, batch, table, seed, target, backend=how)
-        return torch.autograd.grad(loss, prediction)
+        return loss.detach(), *torch.autograd.grad(loss, prediction)
 
     work = BATCH * visible * SIZE * ((target != "eps") + 2 * dtype.itemsize)
     if how.startswith("torch"):

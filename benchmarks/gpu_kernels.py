@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import attention_peers
+import judging
 import records
 import torch
 from attention_peers import DTYPES, Problem
@@ -36,7 +37,7 @@ class Case:
     fixed: records.Row  # op, case, shape, dtype
     work: dict[str, float]  # of one call: bytes, flops, images
     names: tuple[str, ...]  # of contestants; backends of the op, and peers
-    open: Callable[[], tuple[Callable[[str], Callable[[], Any]], Callable[[str, Any], str]]]
+    open: Callable[[], tuple[Callable[[str], Callable[[], Any]], judging.Judge]]
     """Makes the inputs; returns build(name), which gives the call to time, and judge(name, result): what is wrong."""
 
     @property
@@ -84,7 +85,7 @@ def attention_case(
     batch, heads = (256, 8) if device.type == "cuda" else (4, 2)
     lengths = stratified(batch, length, most) if ragged else (length,) * batch
     problem = Problem(lengths, heads, width, DTYPES[dtype], device, ragged)
-    peers = attention_peers.peers(device)
+    peers = attention_peers.peers(device, ragged)
     if (width, dtype) not in ((64, "bf16"), (64, "fp32")):  # a look in passing: compiling takes the longest
         peers = {name: factory for name, factory in peers.items() if name not in ("torch_compiled", "torch_flex")}
     ours = [name for name in runnable("attention", device) if name != "reference"]
@@ -101,10 +102,7 @@ def attention_case(
 
 
 def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
-    """The cases of benchmarks/bench_<op>.py, by its build("shape-implementation", device).
-
-    Our implementations are held to the reference's results, whole numbers to the bit.
-    """
+    """The cases of benchmarks/bench_<op>.py, by its build("shape-implementation", device)."""
 
     def cases(device: torch.device) -> Iterator[Case]:
         bench = __import__(f"bench_{op}")
@@ -114,19 +112,13 @@ def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
             fixed = records.fixed(op, shape)
             others = [how for how in known if how not in ours]
             others += getattr(bench, "CUDA_PEERS", ()) if device.type == "cuda" else ()
-            dtype = DTYPES.get(fixed["dtype"], torch.float32)
             work, unit = bench.build(f"{shape}-{(*able, *others)[0]}", device)[1:]
 
-            def open(shape: str = shape, others: list[str] = others, dtype: torch.dtype = dtype) -> tuple:
-                expected = flat(bench.build(f"{shape}-reference", device)[0]()) if able else []
-
+            def open(shape: str = shape, others: list[str] = others) -> tuple:
                 def build(name: str) -> Callable[[], Any]:
                     return bench.build(f"{shape}-{name}", device)[0]
 
-                def judge(name: str, result: Any) -> str:
-                    return "" if name in others else unlike(flat(result), expected, dtype)
-
-                return build, judge
+                return build, judging.by_reference(op, build)
 
             yield Case(fixed, {unit: work}, (*able, *others), open)
 
@@ -143,27 +135,6 @@ def runnable(op: str, device: torch.device) -> list[str]:
     """The backends of an op that can run on such a device here."""
     known = dispatch._implementations(op)
     return [name for name, implementation in known.items() if implementation.can_run(device.type)[0]]
-
-
-def flat(result: Any) -> list[torch.Tensor]:
-    """The tensors of a result, in order."""
-    if isinstance(result, torch.Tensor):
-        return [result.detach()]
-    parts = vars(result).values() if hasattr(result, "__dict__") else result or ()
-    return [tensor for part in parts for tensor in flat(part)]
-
-
-def unlike(got: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> str:
-    """How results differ by more than some roundings of a dtype; "" if they do not."""
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"result {i}: {a.dtype} {list(a.shape)}, the reference has {b.dtype} {list(b.shape)}"
-        if not a.is_floating_point():
-            if not torch.equal(a, b):
-                return f"result {i}: other numbers than the reference's"
-        elif not (error := (a.double() - b.double()).norm()) <= 4 * torch.finfo(dtype).eps * b.double().norm():
-            return f"result {i}: error {error:.2e}, norm {b.double().norm():.2e}"
-    return ""
 
 
 # ---- running them ----
@@ -229,6 +200,7 @@ class Runner:
         except RuntimeError:
             torch.cuda.synchronize(self.device)  # raises where more is broken than the capture
             return call
+        getattr(call, "fresh", lambda: None)()  # it has run several times
         captured()
         if said := judge(captured.result):
             raise WrongResult(f"as a CUDA graph: {said}")
@@ -240,7 +212,7 @@ class Runner:
     def fail(self, case: Case, name: str, error: Exception) -> None:
         peer = name in case.peers()
         text = str(error) if isinstance(error, WrongResult) else f"{type(error).__name__}: {error}"
-        row = records.failed(case.fixed, name, peer, text)
+        row = records.failed(case.fixed, name, peer, text, isinstance(error, WrongResult))
         self.kept.add(row)
         print(records.line({**row, **self.kept.stamp}), flush=True)
         if isinstance(error, WrongResult) and not peer:
@@ -309,7 +281,7 @@ def main() -> int:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    print("\n".join(["", *records.summary(row for row in kept.rows if row["commit"] == stamp["commit"])]))
+    print("\n".join(["", *records.summary(kept.current())]))
     for said in runner.wrong:
         print(f"WRONG {said}")
     if left:

@@ -94,6 +94,10 @@ class Config:
     """auto: bf16 where the device has it natively, else fp32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
+    compile: bool = False
+    """compiles each block by torch.compile, once for all mask rates; needs a C++ compiler, on a GPU Triton"""
+    capture: Literal["auto", "off"] = "auto"
+    """auto: on a GPU, steps are CUDA graphs where they can be; off: each of their launches is the host's"""
     init: str | None = None
     """starts from these weights: a run, a checkpoint of one, or a .pt file of MaskDM"""
     init_weights: Literal["raw", "ema", "ema2"] = "raw"

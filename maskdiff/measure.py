@@ -6,9 +6,10 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from .capture import Captured
 
 Clock = Callable[[Callable[[], object], torch.device], Callable[[], float]]
 """Runs a call and returns a function that gives its seconds, once the device has done everything."""
@@ -43,24 +44,6 @@ class LongClock:
 
         took = seconds(several, device) / repeats
         return lambda: took
-
-
-class Captured:
-    """A call as a CUDA graph, whose launch costs the host next to nothing. Raises RuntimeError where it cannot be."""
-
-    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(self.graph):
-            self.result = call()  # every replay writes it anew
-
-    def __call__(self) -> None:
-        self.graph.replay()
 
 
 class ColdClock:
@@ -198,13 +181,20 @@ def machine(device: torch.device) -> dict[str, str | int]:
 def commit() -> str | None:
     """The revision of this checkout, "-dirty" after it where code was changed since; None where there is none.
 
+    None as well without git, and where this file is in a checkout of something else, as installed packages can be.
     Results of benchmarks are no code: writing one must not make the next another revision's.
     """
-    here = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(here)]
-    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if found.returncode:
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        except OSError:
+            return None
+        return None if done.returncode else done.stdout.strip()
+
+    found = git("rev-parse", "--short=12", "HEAD")
+    if found is None or git("ls-files", "--error-unmatch", "maskdiff/measure.py") is None:
         return None
-    code = ["--", ".", ":(exclude)benchmarks/results", ":(exclude)docs", ":(exclude)*.md"]
-    clean = subprocess.run([*git, "diff", "--quiet", "HEAD", *code]).returncode == 0
-    return found.stdout.strip() + ("" if clean else "-dirty")
+    code = ("--", ".", ":(exclude)benchmarks/results", ":(exclude)docs", ":(exclude)*.md")
+    return found + ("-dirty" if git("diff", "--quiet", "HEAD", *code) is None else "")

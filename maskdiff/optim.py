@@ -86,8 +86,9 @@ class FlatState(Generic[M]):
                 segment.view(self.master).copy_(param)
         self.adam_step = torch.zeros((), device=device)  # updates made, skipped ones not counted
         self.ema_step = torch.zeros((), device=device)
-        self.hyper = torch.zeros(2, device=device)  # what the last update was told
-        self.sample = 0  # number of the next sample of the run's stream
+        self.hyper = torch.zeros(2, device=device)  # what the next update is told: learning rate, bound on the norm
+        self.next_sample = torch.zeros((), dtype=torch.int64, device=device)  # of the run's stream; steps move it on
+        self.sample = 0
         self.step = 0  # steps made, skipped ones counted
         self._restart_averages()
         self.adam = AdamState(
@@ -105,6 +106,26 @@ class FlatState(Generic[M]):
         )
         self._bind(self.master, self.low)
         self._round()
+
+    @property
+    def sample(self) -> int:
+        """The host's count of `next_sample`: reading it waits for nothing, setting it sets both."""
+        return self._sample
+
+    @sample.setter
+    def sample(self, number: int) -> None:
+        self._sample = number
+        self.next_sample.fill_(number)
+
+    def tell(self, hyper: Hyper) -> None:
+        """Puts where the update reads it what changes from step to step."""
+        self.hyper[0].fill_(hyper.lr)
+        self.hyper[1].fill_(math.inf if hyper.clip is None else hyper.clip)
+
+    def made_step(self, samples: int) -> None:
+        """Counts on the host a step that the device was given, of so many samples."""
+        self._sample += samples
+        self.step += 1
 
     def _bind(self, master: Tensor, low: Tensor) -> None:
         for segment, param in zip(self.segments, self.params, strict=True):
@@ -158,6 +179,8 @@ class FlatState(Generic[M]):
             for tensor, value in zip(tensors, saved, strict=True):
                 tensor.copy_(value)
             self.sample, self.step = counts
+            for param in self.params:
+                param.grad = None  # of a step that was not finished
             self._round()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -192,21 +215,17 @@ def kernels(config: OptimConfig, device: torch.device) -> dict[str, str]:
         raise UserError(f"optim.optimizer is {config.optimizer}: {error}") from None
 
 
-def adamw_ema(state: FlatState, grads: list[Tensor], hyper: Hyper) -> tuple[Tensor, Tensor]:
-    """Clips, updates the masters by AdamW, the EMA and the low-precision weights.
+def adamw_ema(state: FlatState, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Clips, updates the masters by AdamW, the EMA and the low-precision weights, by `state.hyper`.
 
     Args:
         state: what is updated, in place.
         grads: one gradient per segment of `state`, float32 or the low dtype. Their values are undefined afterwards.
-        hyper: learning rate and bound on the gradient norm.
 
     Returns (gradient norm before clipping [] float32, skipped [] float32: 1 where a gradient was not finite; then
-    nothing but the step count changed). Never waits for the device.
+    nothing changed). Never waits for the device.
     """
     config = state.config
-    state.hyper[0].fill_(hyper.lr)
-    state.hyper[1].fill_(math.inf if hyper.clip is None else hyper.clip)
-    state.step += 1
     return maskdiff_kernels.adamw_ema(
         state.adam,
         grads,

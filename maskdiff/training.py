@@ -6,6 +6,7 @@ import math
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 import maskdiff_kernels
 from maskdiff_kernels import Mask
 
-from . import checkpoint, data, flops, masking, measure, precision, sampling
+from . import capture, checkpoint, data, flops, masking, measure, precision, sampling
 from .config import Config, check_new_run, config_to_dict
 from .diffusion import Diffusion
 from .errors import UserError
@@ -26,7 +27,7 @@ from .optim import FlatState, Hyper, kernels
 from .pretrained import initial_weights
 from .runlog import DeviceScalars, MetricsFile, Progress
 from .stages import fit, learning_rate, tokens_of
-from .step import Objective, Source, batch_loss, draw, train_step
+from .step import Objective, Source, batch_loss, draw
 
 HELDOUT_SAMPLES = 512
 MAX_SKIPS = 20  # steps in a row with a gradient that is not finite, before the run is given up
@@ -82,6 +83,8 @@ class _Training:
         kernels(config.optim, self.device)  # what cannot run is said before data are made ready
         if self.device.type == "cpu":
             precision.keep_freed_memory()
+        if config.compile:
+            precision.check_compiler(self.device)
         packed = data.prepare(
             config.data.path,
             config.model.image_size,
@@ -97,10 +100,12 @@ class _Training:
         if config.init is not None and not resume:
             self.model.load_state_dict(initial_weights(config.init, config.init_weights, config.model))
         self.model.to(self.device)
+        if config.compile:
+            self.model.compile_blocks()
         self.state = FlatState(self.model, config.optim, self.dtype)
         diffusion = Diffusion(config.diffusion)
         self.diffusion = diffusion
-        store = dataclasses.replace(packed.store, patches=packed.store.patches.to(self.device))
+        store = capture.place(packed.store, self.device)
         labels = packed.labels.to(self.device) if config.model.classes else None
         self.source = Source(store, packed.train_ids.to(self.device), labels)
         self.heldout = Source(store, packed.heldout_ids.to(self.device), labels)
@@ -110,6 +115,7 @@ class _Training:
             alpha_sigma, weight, config.diffusion.target, config.data.flip, config.data.label_dropout
         )
         self.seed = torch.tensor([config.seed], device=self.device)
+        self.steps = self._steps(Progress.say)
         self.window = 1 if self.device.type == "cpu" else 20
         self.totals = {"images_seen": 0, "tokens": 0, "flops": 0.0, "train_s": 0.0, "skipped_steps": 0}
         self.skips_in_a_row = 0
@@ -124,18 +130,22 @@ class _Training:
             self.path.mkdir(parents=True, exist_ok=True)
             _write_json(self.path / "config.json", config_to_dict(config))
 
+    def _steps(self, say: Callable[[str], None]) -> capture.Steps:
+        return capture.Steps(self.state, self.source, self.objective, self.seed, self.config.capture, say)
+
     # ---- state on disk
 
     def _environment(self) -> dict[str, Any]:
         """What bit-for-bit resume depends on beside the configuration."""
         chosen = kernels(self.config.optim, self.device)
-        compiled = "cpp" in chosen.values()
+        compiled = any("cpp" in words for words in chosen.values())  # attention's may depend on the length
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             "threads": torch.get_num_threads(),
             "instruction_set": maskdiff_kernels.cpu_level() if compiled else None,
             "kernels": chosen,
+            "compile": self.config.compile,
             "torch": torch.__version__,
             "data": self.packed_hash,
         }
@@ -153,7 +163,7 @@ class _Training:
         if meta["environment"]["data"] != now["data"]:
             raise UserError(f"the images at {self.config.data.path!r} are not those that {self.path} was trained on")
         for key, value in meta["environment"].items():
-            if now[key] != value:
+            if now.get(key) != value:
                 Progress.say(f"note: {key} was {value}, is {now[key]}: the run goes on, but not bit for bit the same")
         try:
             self.state.load(tensors)
@@ -184,15 +194,14 @@ class _Training:
         total = self.source.store.patches.shape[1]
         dense = Mask("dense", 0, (total,))
         times: dict[str, list[float]] = {"step": [], "dense": []}
+        probe = self._steps(lambda _: None)  # of its own: what dense steps of this batch take is given back
         with self.state.kept():
             for turn in range(1 + max(1, self.config.probe_steps)):
                 for name, probed in (("step", mask), ("dense", dense)):
                     if name == "dense" and mask.kind == "dense":
                         continue
                     start = measure.now(self.device)
-                    train_step(
-                        self.state, self.source, self.objective, probed, self.seed, batch, Hyper(0.0, stage.clip)
-                    )
+                    probe(probed, batch, Hyper(0.0, stage.clip))
                     if turn:  # the first pair warms caches and allocator
                         times[name].append(1e3 * (measure.now(self.device) - start))
         step_ms = statistics.median(times["step"])
@@ -262,11 +271,11 @@ class _Training:
         progress = Progress(plan.steps, self.stage_step, name)
         scalars = DeviceScalars(self.window)
         lrs: list[float] = []
+        self.steps.prepare(plan.mask, plan.batch)
         start = measure.now(self.device)
         while self.stage_step < plan.steps and not self._done():
             lr = learning_rate(stage, self.stage_step, plan.steps)
-            hyper = Hyper(lr, stage.clip)
-            result = train_step(self.state, self.source, self.objective, plan.mask, self.seed, plan.batch, hyper)
+            result = self.steps(plan.mask, plan.batch, Hyper(lr, stage.clip))
             scalars.add(result.loss, result.grad_norm, result.skipped, result.loss_by_tenth)
             lrs.append(lr)
             self.stage_step += 1
@@ -342,7 +351,8 @@ class _Training:
         with torch.no_grad(), self.state.ema_weights() as model:
             for n in torch.arange(HELDOUT_SAMPLES, device=self.device).split(64):
                 batch = draw(self.heldout, objective, mask, self.seed, n)
-                losses.append(batch_loss(model, self.heldout, objective, mask, batch, self.seed, self.dtype)[1])
+                source = capture.staged(self.heldout, batch)
+                losses.append(batch_loss(model, source, objective, mask, batch, self.seed, self.dtype)[1])
         return torch.cat(losses).mean().item()
 
     def _sample(self) -> None:

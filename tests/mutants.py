@@ -36,6 +36,7 @@ TRITON = ("tests/ops/test_attention_triton.py", "-k", "interpreter")
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
 AVERAGES = ("tests/ops/test_adamw_ema.py", "tests/ops/test_adamw_averages.py", "-k", "power or averages")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
+CAPTURE = ("tests/trainer/test_capture.py", "-k", "not runs_are_the_same and not planted")
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
 PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
 
@@ -279,11 +280,50 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "maskdiff/step.py",
         trainer("step", "training"),
         (
-            ("state.sample += batch\n", "state.sample += 1\n"),
+            ("state.next_sample.add_(batch)", "state.next_sample.add_(1)"),
             (".masked_fill(batch.drop_label[:, None], -1)", ""),
             ("0.0).sum(0) / inside.sum(0)", "0.0).sum(0) / len(per_sample)"),
         ),
     ),
+    (
+        "maskdiff/step.py",
+        CAPTURE,
+        (
+            ("n = state.next_sample +", "n = state.sample +"),
+            ("torch.zeros_like(drawn_ids)", "drawn_ids"),
+            ("if source.store.slots is not None:", "if source.store.slots is not None and bool(drawn_ids[0] >= 0):"),
+        ),
+    ),
+    (
+        "maskdiff/optim.py",
+        CAPTURE,
+        (
+            ("self.next_sample.fill_(number)", "self.next_sample = torch.tensor(number)"),
+            ("                param.grad = None  # of", "                pass  # of"),
+        ),
+    ),
+    (
+        "maskdiff/capture.py",
+        CAPTURE,
+        (
+            ("with self.state.kept():", "if True:"),
+            ("key = mask, batch\n", "key = mask, 0\n"),
+            ("            self.state.made_step(batch)\n", ""),
+            ("if self.first != first:", "if self.first is None:"),
+            ("staging.fetch(first + batch)", "staging.fetch(first)"),
+        ),
+    ),
+    (
+        "kernels/ops/draw_batch/reference.py",
+        CAPTURE,
+        (
+            ("if n.is_cpu and bool(", "if bool("),
+            ("-math.log2(outside / base**2)", "-math.log(outside / base**2)"),
+            ("if read or outside == 0:", "if True:"),
+        ),
+    ),
+    ("kernels/ops/denoising_loss/reference.py", CAPTURE, (("else cu.diff().long()", "else torch.bincount(sample)"),)),
+    ("kernels/ops/samples.py", CAPTURE, (("place + across - 1 - 2 * (place % across), place)", "place, place)"),)),
     (
         "maskdiff/ragged.py",
         trainer("ragged", "model"),
@@ -325,6 +365,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("there / here for there, here", "here / there for there, here"),
             ("[old for old in self.rows if _place(old) != _place(row)]", "self.rows"),
+            ('CODE = ("commit", "sources")', 'CODE = ("commit",)'),
         ),
     ),
     (
@@ -333,14 +374,18 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("if said := judge(captured.result):", "if said := judge(call()):"),
             ("return 1 if runner.wrong else 0", "return 0"),
+            ('getattr(call, "fresh", lambda: None)()', "pass"),
             ('or not rows[name]["error"]]', "]"),
         ),
     ),
     (
         "benchmarks/choices.py",
-        ("tests/test_gpu_kernels.py",),
+        ("tests/test_choices.py",),
         (
-            ("set.intersection(*(", "set.union(*("),
+            ("if len(cases) == most}", "}"),
+            ('if row.get("wrong")}', "if False}"),
+            ('if row["card"] != card:', "if False:"),
+            ("if len(revisions) > 1:", "if False:"),
             ('if row["shape"]["backward"]:', "if True:"),
             ("    if options.write:\n", "    if True:\n"),
         ),

@@ -53,6 +53,12 @@ def test_first_line_says_what_a_file_is_for():
         assert empty or (first.startswith(opening) and len(first.split()) >= 4), (name(path), first)
 
 
+def test_width_of_the_readme():
+    """Tables and images cannot be wrapped."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.startswith(("|", "!["))] == []
+
+
 def imports(path: Path, top_only: bool) -> set[str]:
     """Names of the modules that a Python file imports, relative imports made whole."""
     found = set()

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from maskdiff import checkpoint, flops, training
+from maskdiff import capture, checkpoint, flops, training
 from maskdiff.config import Config, ModelConfig, config_to_dict
 from maskdiff.errors import UserError
 from maskdiff.options import parse
@@ -171,14 +171,14 @@ def test_other_images_are_an_error_on_resume(tmp_path):
 
 
 def test_lasting_nonfinite_gradients_stop_the_run(tmp_path, monkeypatch):
-    real = training.train_step
+    real = capture.train_step
 
     def poisoned(state, *rest):
         if state.step >= 4:
             state.model.head.weight.data.fill_(float("nan"))
         return real(state, *rest)
 
-    monkeypatch.setattr(training, "train_step", poisoned)
+    monkeypatch.setattr(capture, "train_step", poisoned)
     monkeypatch.setattr(training, "MAX_SKIPS", 3)
     with pytest.raises(UserError, match="3 steps in a row .* the last checkpoint is"):
         training.run(tiny(tmp_path / "run"))
@@ -265,6 +265,15 @@ def test_token_budget_sets_the_batch(tmp_path):
     out = tmp_path / "run"
     training.run(tiny(out, "--stages", "patch:0.75 x1 t360 lr2e-3"))
     assert rows(out)[0]["images_seen"] == 360 // 18
+
+
+def test_compile_is_for_the_blocks_of_the_run(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(training.UViT, "compile_blocks", lambda model: compiled.append(len(model.blocks)))
+    monkeypatch.setattr(training.precision, "check_compiler", lambda device: compiled.append(device.type))
+    training.run(tiny(tmp_path / "run", "--compile", "--max-steps", "1"))
+    assert compiled == ["cpu", 3]
+    assert checkpoint.load(checkpoint.latest(tmp_path / "run"))[1]["environment"]["compile"] is True
 
 
 # ---- averages, optimizer

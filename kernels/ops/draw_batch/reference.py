@@ -1,6 +1,7 @@
 """draw_batch in plain PyTorch: what the op means. Purposes and formats are those of maskdiff_kernels.philox."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,15 +59,45 @@ def shuffled(
     """
     base = math.isqrt(images - 1) + 1
     epoch, x = n // images, n % images
+    word = _order_words(seed, epoch, base)
     inside = torch.zeros_like(x, dtype=torch.bool)
-    while not bool(inside.all()):
+    for _ in range(_walks(images, base, n.is_cpu)):
         left, right = x // base, x % base
         for r in range(8):
-            word = philox.words(seed, epoch, philox.ORDER, 2 * right + r // 4)[..., r % 4]
-            left, right = right, (left + philox.high(word, base)) % base
+            left, right = right, (left + philox.high(word(right, r), base)) % base
         x = torch.where(inside, x, base * left + right)
         inside = x < images
+        if n.is_cpu and bool(inside.all()):
+            break
     return x
+
+
+def _walks(images: int, base: int, read: bool) -> int:
+    """Walks after which every sample is in range, `read` where the host may look and end them.
+
+    A walk misses with probability p = 1 - images / base^2, and no more than base^2 - images times in a row. Where the
+    host cannot look, as many as leave a sample outside once in 2^96.
+    """
+    outside = base * base - images
+    if read or outside == 0:
+        return outside + 1
+    return min(outside + 1, math.ceil(96 / -math.log2(outside / base**2)))
+
+
+def _order_words(
+    seed: Tensor,  # [1] int64
+    epoch: Tensor,  # [B] int64
+    base: int,
+) -> Callable[[Tensor, int], Tensor]:
+    """The words of the network, as a function of the right digit [B] and the round.
+
+    Of all digits at once where they are few: many walks by hundreds of small ops would be slow on a device.
+    """
+    if len(epoch) * base > 2**20:
+        return lambda right, r: philox.words(seed, epoch, philox.ORDER, 2 * right + r // 4)[..., r % 4]
+    blocks = torch.arange(2 * base, device=epoch.device)
+    table = philox.words(seed, epoch[:, None], philox.ORDER, blocks).view(len(epoch), base, 8)
+    return lambda right, r: table[:, :, r].gather(1, right[:, None])[:, 0]
 
 
 def _word(draw: Draw, purpose: int) -> Tensor:  # [B] int64
@@ -75,11 +106,16 @@ def _word(draw: Draw, purpose: int) -> Tensor:  # [B] int64
 
 def _counts(draw: Draw) -> Tensor:  # [B] int64
     """Visible patches of each sample: a group shares its counts out by the sorted words of its first sample."""
-    counts = torch.tensor(draw.counts, device=draw.n.device)
+    counts = _constant(draw.counts, draw.n.device)
     group = len(draw.counts)
     if group == 1:
         return counts.expand(len(draw.n))
     return counts[_ranked(philox.elements(draw.seed, draw.n[::group], philox.RAGGED, group))].flatten()
+
+
+def _constant(numbers: Sequence[int], device: torch.device) -> Tensor:  # [numbers] int64
+    """Numbers of the host, made on the device: a copy of them would wait for it."""
+    return torch.cat([torch.full((1,), number, device=device) for number in numbers])
 
 
 def _ranked(word: Tensor) -> Tensor:  # [..., n] int64 -> [..., n] int64
@@ -96,8 +132,8 @@ def _visible(draw: Draw, counts: Tensor, most: int) -> Tensor:  # [B] -> [B, mos
         return torch.arange(end, device=device).expand(len(draw.n), end)
     if draw.kind == "crop":
         side = torch.arange(math.isqrt(most), device=device)
-        roots = torch.tensor([math.isqrt(count) for count in draw.counts], device=device)
-        table = torch.tensor(draw.counts, device=device)
+        roots = _constant([math.isqrt(count) for count in draw.counts], device)
+        table = _constant(draw.counts, device)
         crop = roots[(counts[:, None] == table).long().argmax(1)][:, None, None]  # [B, 1, 1]
         corner = philox.elements(draw.seed, draw.n, philox.MASK, 2)[:, :, None, None]
         row = philox.high(corner[:, 0], down - crop + 1) + side[:, None]
