@@ -34,6 +34,7 @@ TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them han
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
 TRITON, IMAGES = (("tests/ops/test_" + op + "_triton.py", "-k", "interpreter") for op in ("attention", "images"))
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
+AVERAGES = ("tests/ops/test_adamw_ema.py", "tests/ops/test_adamw_averages.py", "-k", "power or averages")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
 CAPTURE = ("tests/trainer/test_capture.py", "-k", "not runs_are_the_same and not planted")
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
@@ -83,9 +84,6 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("norm > bound ?", "bound > 0.0f ?"),
             ("const float single = (float)sum;", "const float single = (float)__builtin_sqrt(sum);"),
             ("young < decay ? young : decay", "decay"),
-            ("if (k < 2.0) return 1.0;", ""),
-            ("i < 7; i++) share", "i < 6; i++) share"),
-            ("power_share(seen, gamma + 1.0)", "power_share(seen, gamma)"),
             ("* f.root + f.eps", "+ f.eps"),
             ("x.master = keep * x.master", "x.master = f.keep[1] * x.master"),
         ),
@@ -134,12 +132,21 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     (
         "kernels/ops/adamw_ema/apex.py",
-        (*ADAMW, "tests/ops/test_apex.py"),
+        ("tests/ops/test_adamw_ema.py", "tests/ops/test_apex.py", "-k", "apex"),
         (("flag.copy_(skipped)", "flag.zero_()"), ("any(low is None for low in lows)", "False")),
     ),
     (
+        "csrc/common/adamw.h",
+        AVERAGES,
+        (
+            ("if (k < 2.0) return 1.0;", ""),
+            ("i < 7; i++) share", "i < 6; i++) share"),
+            ("power_share(seen, gamma + 1.0)", "power_share(seen, gamma)"),
+        ),
+    ),
+    (
         "kernels/ops/adamw_ema/averages.py",
-        (*ADAMW, "tests/ops/test_adamw_averages.py"),
+        AVERAGES,
         (("seen.clamp(min=1)", "seen"), ("math.sqrt((gamma + 1)", "math.sqrt((gamma + 2)")),
     ),
     (
