@@ -292,7 +292,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     (
         "kernels/ops/attention/op.py",
         ("tests/ops/test_attention.py", "-k", "where_cuda_cannot"),
-        ((' and not os.environ.get("MASKDIFF_KERNELS")', ""),),
+        (('dispatch.asked("attention", backend)[0]', "backend"),),
     ),
     (
         "kernels/ops/visible.py",
@@ -301,7 +301,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("-(-size // 4)", "(size // 4)"),
             ("and not elsewhere and", "and"),
             ("> MOST_QUADS", ">= MOST_QUADS"),
-            (' and not os.environ.get("MASKDIFF_KERNELS")', ""),
+            ("dispatch.asked(op, backend)[0]", "backend"),
         ),
     ),
     ("kernels/ops/denoising_loss/reference.py", (LOSS,), (("shape[0] + grad_per_sample)", "shape[0])"),)),
