@@ -5,6 +5,26 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from maskdiff_kernels.triton_package import INTERPRETED
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    patch_tensor, convert_float = interpreter._patch_lang_tensor, interpreter._convert_float
+
+    def patch_tensor_for_new_numpy(tensor, scope) -> None:
+        """Triton 3.6 takes int() of arrays of one number, which NumPy has refused since 2.4."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def round_to_nearest(values, from_dtype, to_dtype, mode):
+        """Triton 3.6 cuts the last bits of float32 off to make it bfloat16; kernels on a GPU round."""
+        if (str(from_dtype), str(to_dtype)) != ("fp32", "bf16"):
+            return convert_float(values, from_dtype, to_dtype, mode)
+        return torch.tensor(values).bfloat16().view(torch.uint16).numpy()
+
+    interpreter._patch_lang_tensor, interpreter._convert_float = patch_tensor_for_new_numpy, round_to_nearest
+
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:

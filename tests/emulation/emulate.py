@@ -84,8 +84,9 @@ def load(library: Path) -> ctypes.CDLL:
 
 
 def load_ops() -> ctypes.CDLL:
-    """The kernels of OPS, in one emulated library: what kernels/library.py takes for the CUDA library."""
-    library = load(build("ops", [EXPORTS, *(ROOT / "csrc" / "cuda" / f"{op}.cu" for op in OPS)]))
+    """The CUDA kernels of all ops in one emulated library: what kernels/library.py takes for the CUDA library."""
+    sources = [ROOT / "csrc" / "cuda" / f"{op}.cu" for op in (*OPS, "attention")]
+    library = load(build("ops", [EXPORTS, *sources]))
     library.maskdiff_cuda_error_text = library.wrapper_error
     return library
 

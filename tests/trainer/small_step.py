@@ -20,7 +20,7 @@ def setup(target="v", dtype=torch.float32, min_snr=None, backend="cpp", device="
     labels = torch.stack(
         [torch.randint(-1, 3, (20,), generator=generator), torch.randint(2, (20,), generator=generator)], 1
     )
-    store = Store(patches.to(device), MODEL.grid, 4)
+    store = Store(patches.to(device), MODEL.grid, MODEL.patch)
     source = Source(store, torch.arange(20, device=device), labels.int().to(device))
     diffusion = Diffusion(DiffusionConfig(schedule="cosine", target=target, min_snr=min_snr)).to(device)
     objective = Objective(diffusion.alpha_sigma, diffusion.weight, target, 0.5, 0.25, backend)

@@ -44,7 +44,8 @@ def plain(weights, source, objective, mask, batch, compute):
         size = torch.cat([torch.full((len(out), 1), float(BATCH * out.numel())) for out in outs])
     loss, _, error = loss_reference.run(prediction.detach(), samples, objective.target, objective.weight, True, exact)
     prediction.backward(error / size)
-    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return loss, {name: model.get_parameter(name).new_zeros(()) if g is None else g for name, g in grads.items()}
 
 
 def error(value, truth):
@@ -70,24 +71,36 @@ def check_steps(mask, target, min_snr, dtype):
     """Trains with kernels; before each step the plain model takes the same weights, and the gradients are compared."""
     state, source, objective = setup(target, dtype, min_snr)
     mask = masking.resolve(masking.parse_mask(mask), MODEL.grid, BATCH)
-    unit = torch.finfo(dtype).eps
     for _ in range(4):
         n = torch.arange(state.sample, state.sample + BATCH)
         batch = draw(source, objective, mask, SEED, n)
-        weights = {name: p.detach().float().clone() for name, p in state.model.named_parameters()}
-        loss, grads = ours(state, source, objective, mask, batch)
-        plain_loss, plain_grads = plain(weights, source, objective, mask, batch, dtype)
-        true_loss, true_grads = plain(weights, source, objective, mask, batch, torch.float64)
-        allowed = 2 * error(plain_loss, true_loss) + unit * true_loss.abs().item()
-        assert error(loss, true_loss) <= allowed, f"loss: error {error(loss, true_loss):.2e}, allowed {allowed:.2e}"
-        assert grads.keys() == true_grads.keys()
-        for name, truth in true_grads.items():
-            allowed = 3 * error(plain_grads[name], truth) + unit * truth.norm().item()
-            got = error(grads[name], truth)
-            assert got <= allowed, f"{name}: error {got:.2e}, allowed {allowed:.2e}"
+        losses, _ = check_step(state, source, objective, mask, batch)
+        check_losses([losses], torch.finfo(dtype).eps)
         before = state.sample
         train_step(state, source, objective, mask, SEED, BATCH, Hyper(1e-2, 1.0))
         assert state.sample == before + BATCH  # the next step sees new samples
+
+
+def check_step(state, source, objective, mask, batch, said=""):
+    """Holds a batch's gradients to the fp64 rule; returns the loss, plain PyTorch's and the exact one; the gradients."""
+    dtype, unit = state.dtype, torch.finfo(state.dtype).eps
+    weights = {name: p.detach().float().clone() for name, p in state.model.named_parameters()}
+    loss, grads = ours(state, source, objective, mask, batch)
+    plain_loss, plain_grads = plain(weights, source, objective, mask, batch, dtype)
+    true_loss, true_grads = plain(weights, source, objective, mask, batch, torch.float64)
+    assert grads.keys() == true_grads.keys()
+    for name, truth in true_grads.items():
+        allowed = 3 * error(plain_grads[name], truth) + unit * truth.norm().item()
+        got = error(grads[name], truth)
+        assert got <= allowed, f"{said} {name}: error {got:.2e}, allowed {allowed:.2e}"
+    return (loss, plain_loss, true_loss), grads
+
+
+def check_losses(losses, unit, said=""):
+    """Losses, plain PyTorch's and the exact ones: the fp64 rule for all of them together."""
+    ours, plains, truth = map(torch.stack, zip(*losses, strict=True))
+    allowed = 2 * error(plains, truth) + unit * truth.norm().item()
+    assert error(ours, truth) <= allowed, f"{said} loss: error {error(ours, truth):.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize(
