@@ -5,8 +5,10 @@
 #   make build     compiles the kernels again after a change in csrc/
 #   make gpu-test  on a machine with a GPU: builds, checks wrappers, all ops, steps as CUDA graphs, compute-sanitizer
 #   make gpu-kernels  times the kernels on its card beside their peers into benchmarks/results/; again: goes on
+#   make gpu-step  builds, times training steps there beside plain PyTorch's, draws the curve; again: goes on
 # Variables: TORCH='torch==2.13.0' (what pip installs), PYTHON=python3, OUT=runs/first, TRAIN='--preset digits' (more
-# options), KERNELS='--only "L 257"' (options of gpu-kernels). The gpu- targets take .venv if it is there, else PYTHON.
+# options), KERNELS='--only "L 257"' (options of gpu-kernels), STEP='--only b256' (of gpu-step). The gpu- targets take
+# .venv if it is there, else PYTHON.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OUT ?= runs/first
@@ -23,10 +25,10 @@ train test build: export PATH := $(CURDIR)/$(BIN):$(PATH)
 test mutants: export OMP_WAIT_POLICY := PASSIVE
 
 .NOTPARALLEL:
-.PHONY: help train test mutants build lint types links gpu-test gpu-kernels clean
+.PHONY: help train test mutants build lint types links gpu-test gpu-kernels gpu-step clean
 
 help:
-	@sed -n '2,7s/^#   //p' Makefile
+	@sed -n '2,9s/^#   //p' Makefile
 
 # A run folder is never overwritten: if $(OUT) is there, the next free numbered one is taken.
 train: build
@@ -64,6 +66,10 @@ gpu-test: links
 
 gpu-kernels: links
 	@$(ON_GPU) benchmarks/gpu_kernels.py $(KERNELS)
+
+gpu-step: links
+	@$(ON_GPU) tests/gpu.py --build || echo "going on with the kernels that are there"
+	@$(ON_GPU) benchmarks/gpu_step.py $(STEP)
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'

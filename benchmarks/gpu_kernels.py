@@ -88,7 +88,7 @@ def attention_case(
     peers = attention_peers.peers(device, ragged)
     if (width, dtype) not in ((64, "bf16"), (64, "fp32")):  # a look in passing: compiling takes the longest
         peers = {name: factory for name, factory in peers.items() if name not in ("torch_compiled", "torch_flex")}
-    ours = [name for name in runnable("attention", device) if name != "reference"]
+    ours = [name for name in dispatch.able("attention", device) if name != "reference"]
 
     def open() -> tuple:
         judge = problem.judge()
@@ -107,7 +107,7 @@ def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
     def cases(device: torch.device) -> Iterator[Case]:
         bench = __import__(f"bench_{op}")
         ours = records.ours(op)
-        able = runnable(op, device) if ours else []
+        able = dispatch.able(op, device) if ours else []
         for shape, known in bench.CASES.items():
             fixed = records.fixed(op, shape)
             others = [how for how in known if how not in ours]
@@ -129,12 +129,6 @@ OPS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "attention": attention,
     **{op: from_bench_file(op) for op in ("adamw_ema", "noisy_patches", "denoising_loss", "draw_batch", "layer_norm")},
 }
-
-
-def runnable(op: str, device: torch.device) -> list[str]:
-    """The backends of an op that can run on such a device here."""
-    known = dispatch._implementations(op)
-    return [name for name, implementation in known.items() if implementation.can_run(device.type)[0]]
 
 
 # ---- running them ----
@@ -189,22 +183,17 @@ class Runner:
             print("\n".join(map(records.line, rows)), flush=True)
         return not late
 
-    def prepare(self, call: Callable[[], Any], judge: Callable[[Any], str]) -> Callable[[], object]:
+    def prepare(self, call: Callable[[], Any], judge: Callable[[Any], str]) -> Callable[[], Any]:
         """The call to time, after its result was found right, as a CUDA graph where it can be one."""
         if said := judge(call()):
             raise WrongResult(said)
-        if self.device.type != "cuda":
-            return call
-        try:
-            captured = measure.Captured(call, self.device)
-        except RuntimeError:
-            torch.cuda.synchronize(self.device)  # raises where more is broken than the capture
-            return call
-        getattr(call, "fresh", lambda: None)()  # it has run several times
-        captured()
-        if said := judge(captured.result):
-            raise WrongResult(f"as a CUDA graph: {said}")
-        return captured
+        found, launches = measure.as_graph(call, self.device)
+        if launches == "graph":
+            getattr(call, "fresh", lambda: None)()  # it has run several times
+            found()
+            if said := judge(found.result):
+                raise WrongResult(f"as a CUDA graph: {said}")
+        return found
 
     def launches(self, call: Callable[[], object]) -> str:
         return "graph" if isinstance(call, measure.Captured) else "eager" if self.device.type == "cuda" else "host"

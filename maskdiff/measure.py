@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,67 @@ class LongClock:
 
         took = seconds(several, device) / repeats
         return lambda: took
+
+
+def as_graph(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], str]:
+    """The call as a CUDA graph where it can be one, else itself; and how it is launched: "graph", "eager", "host"."""
+    if device.type != "cuda":
+        return call, "host"
+    try:
+        return Captured(call, device), "graph"
+    except RuntimeError:
+        torch.cuda.synchronize(device)  # raises where more is broken than the capture
+        return call, "eager"
+
+
+class StepClock(LongClock):
+    """A Clock of a GPU's own events for steps: each reading is the mean over some 50 ms of steps in a row.
+
+    The host runs ahead of the card, as in training: launches cost time only where it cannot. One step goes before.
+    """
+
+    def __init__(self, length: float = 0.05) -> None:
+        super().__init__(length)
+
+    def __call__(self, call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+        repeats = max(1, round(self.length / self.once(call, device)))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        return lambda: 1e-3 * start.elapsed_time(end) / repeats
+
+
+class PartClock:
+    """Milliseconds from mark to mark of one call; on a GPU by its events, the host far ahead of it."""
+
+    def __init__(self, device: torch.device, host_seconds: float = 0.0) -> None:
+        """`host_seconds`: what the host takes to launch the call. A GPU first waits for one and a half times that."""
+        self.device = device
+        synchronize(device)
+        if device.type == "cuda":
+            torch.cuda._sleep(int(1.5 * host_seconds * 2e9))  # cycles of some 2 GHz
+        self.marks = [("", self._stamp())]
+
+    def _stamp(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, part: str) -> None:
+        self.marks.append((part, self._stamp()))
+
+    def parts(self) -> dict[str, float]:
+        synchronize(self.device)
+        found = dict[str, float]()
+        for (_, start), (part, end) in zip(self.marks, self.marks[1:], strict=False):
+            took = start.elapsed_time(end) if self.device.type == "cuda" else 1e3 * (end - start)
+            found[part] = found.get(part, 0.0) + took
+        return found
 
 
 class ColdClock:

@@ -46,10 +46,16 @@ class StagePlan:
     speedup: float
     ideal: float
 
-    def speed(self) -> str:
-        if self.mask.kind == "dense":
+    def retained(self, step_ms: float) -> float | None:
+        """The share of the ideal speed-up over our own dense step that steps of such a length keep; None if dense."""
+        return None if self.mask.kind == "dense" else self.dense_ms / step_ms / self.ideal
+
+    def speed(self, step_ms: float) -> str:
+        retained = self.retained(step_ms)
+        if retained is None:
             return ""
-        return f", {self.speedup:.2f}x faster than dense (ideal {self.ideal:.2f}x)"
+        gain = self.dense_ms / step_ms
+        return f", {gain:.2f}x faster than dense (ideal {self.ideal:.2f}x, {retained:.0%} of it retained)"
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ class _Training:
         plans = self.path / "plans.json"
         if plans.exists():
             for key, plan in json.loads(plans.read_text()).items():
+                plan.pop("retained", None)  # follows from the rest
                 self.plans[int(key)] = StagePlan(**plan | {"mask": Mask(**_tuples(plan["mask"]))})
         if not checkpoint.listing(self.path):
             Progress.say(f"{self.path} has no checkpoint yet: starting again at step 0")
@@ -221,7 +228,11 @@ class _Training:
             ideal=flops.ideal(self.config.model, mask.counts),
         )
         self.plans[index] = plan
-        _write_json(self.path / "plans.json", {key: dataclasses.asdict(value) for key, value in self.plans.items()})
+        plans = {
+            key: {**dataclasses.asdict(made), "retained": made.retained(made.step_ms)}
+            for key, made in self.plans.items()
+        }
+        _write_json(self.path / "plans.json", plans)
         return plan
 
     # ---- the loop
@@ -259,7 +270,7 @@ class _Training:
         visible = f"{fewest} to {most}" if len(plan.mask.counts) > 1 else f"{most}"
         Progress.say(
             f"{name}: {plan.steps} steps of {plan.batch} images, {visible} of {total} patches visible "
-            f"({plan.effective_rate:.1%} masked), {plan.step_ms:.1f} ms a step{plan.speed()}"
+            f"({plan.effective_rate:.1%} masked), {plan.step_ms:.1f} ms a step{plan.speed(plan.step_ms)}"
         )
         model = self.config.model
         work = {
@@ -287,10 +298,12 @@ class _Training:
             heldout = {"heldout_loss": self.heldout_loss()} if due[0] and len(self.heldout.ids) else {}
             for i, (row, rate) in enumerate(zip(rows, lrs, strict=True)):
                 extra: dict[str, Any] = dict(heldout) if i == len(rows) - 1 else {}
+                if retained := plan.retained(1e3 * step_s):
+                    extra["retained"] = round(retained, 4)
                 if by_tenth := row[3:]:
                     extra["loss_by_rate"] = {f"0.{tenth}": by_tenth[tenth] for tenth in tenths}
                 self._log(metrics, work, row[:3], rate, step_s, self.state.step - len(rows) + i + 1, extra)
-            progress.update(len(rows), rows[-1][0], plan.batch / step_s, plan.speed())
+            progress.update(len(rows), rows[-1][0], plan.batch / step_s, plan.speed(1e3 * step_s))
             lrs = []
             if due[1]:
                 self._save()

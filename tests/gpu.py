@@ -192,6 +192,7 @@ def verdict(status: int | None, printed: str, cases: int) -> tuple[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/gpu.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=7.5, help="after which no step is started (default 7.5)")
+    parser.add_argument("--build", action="store_true", help="only build the libraries, where no fresh one is there")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"error: PyTorch {torch.__version__} sees no CUDA device", file=sys.stderr)
@@ -200,9 +201,10 @@ def main() -> int:
     arch = 10 * major + minor
     print(f"{torch.cuda.get_device_name()}, sm_{arch}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
     session = Session(options.minutes)
-    if session.step("build", lambda: build(session, arch)) and session.step(
-        "conformance of ptx.cuh", lambda: conformance(session, arch)
-    ):
+    built = session.step("build", lambda: build(session, arch))
+    if options.build:
+        return 0 if built else 1
+    if built and session.step("conformance of ptx.cuh", lambda: conformance(session, arch)):
         session.step("op tests on CUDA tensors", lambda: op_tests(session, OTHERS))
         session.step("the training step as a CUDA graph", lambda: step_tests(session))
         for tool in ("memcheck", "racecheck", "initcheck"):

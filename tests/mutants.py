@@ -34,6 +34,7 @@ TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them han
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
 TRITON, IMAGES = (("tests/ops/test_" + op + "_triton.py", "-k", "interpreter") for op in ("attention", "images"))
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
+AVERAGES = ("tests/ops/test_adamw_ema.py", "tests/ops/test_adamw_averages.py", "-k", "power or averages")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
 CAPTURE = ("tests/trainer/test_capture.py", "-k", "not runs_are_the_same and not planted")
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
@@ -83,9 +84,6 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("norm > bound ?", "bound > 0.0f ?"),
             ("const float single = (float)sum;", "const float single = (float)__builtin_sqrt(sum);"),
             ("young < decay ? young : decay", "decay"),
-            ("if (k < 2.0) return 1.0;", ""),
-            ("i < 7; i++) share", "i < 6; i++) share"),
-            ("power_share(seen, gamma + 1.0)", "power_share(seen, gamma)"),
             ("* f.root + f.eps", "+ f.eps"),
             ("x.master = keep * x.master", "x.master = f.keep[1] * x.master"),
         ),
@@ -104,7 +102,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     (
         "csrc/cuda/adamw_ema.cu",
-        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or address"),
+        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or same_bits or address"),
         (
             ("first ? sum : workspace->sums[block] + sum", "sum"),
             ("float adam_step = workspace->adam_step,", "float adam_step = *update.adam_step,"),
@@ -113,13 +111,19 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     (
         "csrc/cuda/numbers.cuh",
-        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or address"),
+        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or same_bits or address"),
         (("sums[thread + other];\n    ptx::sync_block();", "sums[thread + other];"),),
     ),
     (
         "csrc/cuda/adamw_ema.cu",
         ("tests/emulation/test_adamw_ema.py", "-k", "address"),
-        (("segment.offset % 4 == 0 && ", ""),),
+        (
+            ("least(kSums, over(size, kLeastOfASum))", "over(size, kLeastOfASum)"),
+            ("segment.offset % 4 == 0 && ", ""),
+            ("aligned(segment.grad, whole ? 16 : 8)", "aligned(segment.grad, 8)"),
+            (" | 2 * reinterpret_cast<uintptr_t>(a.low);", ";"),
+            ("return all % 16 == 0;", "return all % 8 == 0;"),
+        ),
     ),
     (
         "kernels/ops/adamw_ema/fused.py",
@@ -128,12 +132,21 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     (
         "kernels/ops/adamw_ema/apex.py",
-        (*ADAMW, "tests/ops/test_apex.py"),
+        ("tests/ops/test_adamw_ema.py", "tests/ops/test_apex.py", "-k", "apex"),
         (("flag.copy_(skipped)", "flag.zero_()"), ("any(low is None for low in lows)", "False")),
     ),
     (
+        "csrc/common/adamw.h",
+        AVERAGES,
+        (
+            ("if (k < 2.0) return 1.0;", ""),
+            ("i < 7; i++) share", "i < 6; i++) share"),
+            ("power_share(seen, gamma + 1.0)", "power_share(seen, gamma)"),
+        ),
+    ),
+    (
         "kernels/ops/adamw_ema/averages.py",
-        (*ADAMW, "tests/ops/test_adamw_averages.py"),
+        AVERAGES,
         (("seen.clamp(min=1)", "seen"), ("math.sqrt((gamma + 1)", "math.sqrt((gamma + 2)")),
     ),
     (
@@ -267,9 +280,29 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     ("kernels/philox.py", ("tests/ops/test_philox.py",), (("n >> 32 & _LOW", "n & _LOW"),)),
     (
+        "kernels/ops/structs.py",
+        ("tests/ops/test_interface.py", "-k", "a_launch"),
+        (("device.index or 0, stream", "0, stream"), ("torch.cuda.current_stream(device).cuda_stream", "None")),
+    ),
+    (
+        "kernels/ops/denoising_loss/cuda.py",
+        ("tests/emulation/test_visible.py", "-k", "side_by_side"),
+        (("torch.cuda.is_current_stream_capturing()", "False"),),
+    ),
+    (
+        "kernels/ops/attention/op.py",
+        ("tests/ops/test_attention.py", "-k", "where_cuda_cannot"),
+        (('dispatch.asked("attention", backend)[0]', "backend"),),
+    ),
+    (
         "kernels/ops/visible.py",
         (NOISY, "-k", "can_run or pinned"),
-        (("-(-size // 4)", "(size // 4)"), ("and not elsewhere and", "and"), ("> MOST_QUADS", ">= MOST_QUADS")),
+        (
+            ("-(-size // 4)", "(size // 4)"),
+            ("and not elsewhere and", "and"),
+            ("> MOST_QUADS", ">= MOST_QUADS"),
+            ("dispatch.asked(op, backend)[0]", "backend"),
+        ),
     ),
     ("kernels/ops/denoising_loss/reference.py", (LOSS,), (("shape[0] + grad_per_sample)", "shape[0])"),)),
     ("kernels/library.py", ("tests/test_install.py", "-k", "foreign or stale"), (("built != expected", "not built"),)),
@@ -398,6 +431,31 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "kernels/dispatch.py",
+        ("tests/ops/test_interface.py", "-k", "choice_by_op or using"),
+        (
+            ("        _using.clear()\n", ""),
+            ('.get(op, "auto"), "MASKDIFF_KERNELS"', '.get(op, "reference"), "MASKDIFF_KERNELS"'),
+        ),
+    ),
+    (
+        "maskdiff/bench.py",
+        trainer("bench"),
+        (
+            ('if name != "published"), default', "if name), default"),
+            (
+                'clock.mark) -> None:\n                prediction.register_hook(lambda grad: mark("loss backward"))',
+                'clock.mark) -> None:\n                prediction.register_hook(lambda grad: mark("backward"))',
+            ),
+        ),
+    ),
+    ("maskdiff/bench_kernels.py", trainer("bench"), (("excess = ms - dense_ms / ideal", "excess = ms - dense_ms"),)),
+    (
+        "maskdiff/training.py",
+        (*trainer("training"), "-k", "retained or plan"),
+        (("self.dense_ms / step_ms / self.ideal", "self.dense_ms / step_ms"),),
+    ),
+    (
         "benchmarks/records.py",
         ("tests/test_gpu_kernels.py",),
         (
@@ -410,10 +468,27 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "benchmarks/gpu_kernels.py",
         ("tests/test_gpu_kernels.py",),
         (
-            ("if said := judge(captured.result):", "if said := judge(call()):"),
+            ("if said := judge(found.result):", "if said := judge(call()):"),
             ("return 1 if runner.wrong else 0", "return 0"),
             ('getattr(call, "fresh", lambda: None)()', "pass"),
             ('or not rows[name]["error"]]', "]"),
+        ),
+    ),
+    (
+        "benchmarks/gpu_step.py",
+        ("tests/test_gpu_step.py", "-k", "waits or skipped or own_kernels"),
+        (
+            ('        torch.cuda.set_sync_debug_mode("error")\n', ""),
+            ("return case.name not in self.kept.of(", "return case.name in self.kept.of("),
+            ("own_kernels(stand, case.mask) if case.name in (OWN, NO_SYNC) else {}", "{}"),
+        ),
+    ),
+    (
+        "benchmarks/predict.py",
+        ("tests/test_predict.py", "-k", "not holds"),
+        (
+            ("if key in needed}", "if key}"),
+            ("1: 2 * gradients}", "1: gradients}"),
         ),
     ),
     (

@@ -289,7 +289,7 @@ def test_a_peer_that_is_absent_is_an_import_error(monkeypatch):
 
 def test_cases_of_a_card(monkeypatch):
     """The lengths, dtypes and peers that a GPU is asked for, without one."""
-    monkeypatch.setattr(gpu_kernels, "runnable", lambda op, device: ["cuda", "triton", "sdpa", "reference"])
+    monkeypatch.setattr(dispatch, "able", lambda op, device: ["cuda", "triton", "sdpa", "reference"])
     cases = list(gpu_kernels.attention(torch.device("cuda")))
     assert len({case.key for case in cases}) == len(cases)
     shapes = [(case.fixed["shape"], case.fixed["dtype"], case) for case in cases]

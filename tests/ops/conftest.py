@@ -19,7 +19,6 @@ from maskdiff_kernels.triton_package import INTERPRETED
 
 TIMESTEPS = 50
 ON_CUDA, EMULATOR, STAND_IN = "on-cuda", "emulated", "stand-in"
-EMULATED = ("noisy_patches", "denoising_loss")  # ops whose CUDA kernels run here too, in the emulator
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products on a GPU take
 
 
@@ -54,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" in metafunc.fixturenames:
         path = metafunc.definition.path
         found = implementations(backends_of(path))
-        if path.stem.removeprefix("test_") in EMULATED and not emulate.no_emulator():
+        if path.stem.removeprefix("test_") in emulate.OPS and not emulate.no_emulator():
             found.append(f"cuda-{EMULATOR}")
         if "apex" in backends_of(path):
             found.append(f"apex-{STAND_IN}")
@@ -105,11 +104,10 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 @contextmanager
 def cuda_on_cpu() -> Iterator[None]:
     """Lets the implementations "cuda" run on CPU tensors, by the emulated library."""
-    emulated = emulate.load(emulate.build("visible", emulate.VISIBLE))
-    emulated.maskdiff_cuda_error_text = emulated.wrapper_error
+    emulated = emulate.load_ops()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "cuda", lambda: emulated)
-        for op in EMULATED:
+        for op in emulate.OPS:
             cuda = dataclasses.replace(dispatch._OPS[op]["cuda"], devices=("cpu",), load=lambda: "emulated")
             patch.setitem(dispatch._OPS[op], "cuda", cuda)
         dispatch._choice.cache_clear()

@@ -18,6 +18,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NUMBERS = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.3, "ema_decay": 0.75, "ema2_decay": 0.25}
 FLATS = ("master", "exp_avg", "exp_avg_sq", "ema", "ema2")
 SIZES = [(1,), (15, 16, 17), (1, 512, 511, 513, 7), (4095, 4096, 4097), (16383, 16384, 16385, 3), (1_000_003,)]
+NORM_ROUNDINGS = {"cpp": 1 + 64 + 3, "cuda": 1 + 3}  # of a square before it is part of a double: itself and sums
 BOUNDS = (math.inf, 0.5, 1e6, 0.1, 3.0)  # of each step: none, reached or not
 
 
@@ -135,31 +136,53 @@ class Plain:
 # ---- the truth ----
 
 
+class Errors:
+    """Those of a state and of plain PyTorch in float32, against plain PyTorch in float64."""
+
+    def __init__(self, state: mk.AdamState, numbers: dict = NUMBERS) -> None:
+        self.state, self.truth, self.plain = state, Plain(state, torch.float64, numbers), Plain(state, FP32, numbers)
+        self.largest = {name: exact.abs().max() for name, exact in self.truth.flats().items()}
+
+    def step(self, grads: list[Tensor], hyper: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps of both; their norms, the exact one first."""
+        return self.truth.step(grads, hyper), self.plain.step(grads, hyper)
+
+    def check(self, step: int) -> None:
+        """At most twice plain PyTorch's, plus one rounding of the largest number that the buffer has held: a moment may
+        be the small difference of two products that were rounded."""
+        for (name, exact), peer in zip(self.truth.flats().items(), self.plain.flats().values(), strict=True):
+            self.largest[name] = torch.maximum(self.largest[name], exact.abs().max())
+            got = parts(self.state, getattr(self.state, name))
+            error, peer_error = ((x.double() - exact).abs().max() for x in (got, peer))
+            print(f"{step} {name}: {error:.2e}, plain PyTorch {peer_error:.2e}")
+            assert error <= 2 * peer_error + 2**-24 * self.largest[name], (step, name)
+
+
 @pytest.mark.parametrize("low", [None, BF16, FP16])
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
 @pytest.mark.usefixtures("poisoned")
 def test_against_float64(implementation, sizes, low):
-    """Errors at most twice those of plain PyTorch in float32, plus one rounding, after every step."""
+    """After every step; that of the norm: as few roundings as our kernels make, or twice plain PyTorch's worst and one
+    more."""
     if implementation == "apex" and sizes == (1,):
         pytest.skip("apex's formula rounds more often than PyTorch's; among several elements others are as unlucky")
-    state, fixed = make(sizes, low, gap=3), numbers_of(implementation)
-    truth, plain = Plain(state, torch.float64, fixed), Plain(state, FP32, fixed)
+    state, fixed, norms = make(sizes, low, gap=3), numbers_of(implementation), []
+    errors = Errors(state, fixed)
     dtypes = (FP32,) if low is None else (low, FP32, low)
     for step, bound in enumerate(BOUNDS):
         grads, numbers = gradients(state, step, dtypes), hyper(step, bound)
-        exact_norm = truth.step(grads, numbers)
-        plain.step(grads, numbers)
+        exact, peer = errors.step(grads, numbers)
         norm, skipped = mk.adamw_ema(state, grads, numbers, **fixed, backend=implementation)
         assert norm.dtype == skipped.dtype == FP32 and norm.shape == skipped.shape == () and skipped == 0
-        roundings = 70 if implementation == "cpp" else sum(sizes)  # of a square's way into the sum, in float32
-        assert abs(norm - exact_norm) <= (roundings / 2 + 1) * 2**-24 * exact_norm
-        for (name, exact), peer in zip(truth.flats().items(), plain.flats().values(), strict=True):
-            error, peer_error = ((x.double() - exact).abs().max() for x in (parts(state, getattr(state, name)), peer))
-            print(f"{step} {name}: {error:.2e}, plain PyTorch {peer_error:.2e}")
-            assert error <= 2 * peer_error + 2**-23 * exact.abs().max(), (step, name)
+        norms.append(torch.stack([norm - exact, peer - exact]).abs() / (2**-24 * exact))
+        errors.check(step)
         assert state.adam_step == 4 + step and state.ema_step == 2 + step
-        if state.low is not None:
-            assert torch.equal(state.low, state.master[: len(state.low)].to(low)) or state.master.isnan().any()
+        if low is not None:
+            written = [slice(o, o + n) for o, n in zip(state.offsets, state.sizes, strict=True)]
+            assert all(torch.equal(state.low[s], state.master[s].to(low)[: len(state.low[s])]) for s in written)
+    most, peers = torch.stack(norms).amax(0)
+    print(f"norm: {most:.2f} roundings, plain PyTorch {peers:.2f}")
+    assert most <= (NORM_ROUNDINGS[implementation] / 2 + 1 if implementation in NORM_ROUNDINGS else 2 * peers + 1)
 
 
 @pytest.mark.parametrize("sizes", SIZES[:4])

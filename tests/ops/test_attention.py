@@ -432,6 +432,8 @@ def test_where_cuda_cannot_another_runs(monkeypatch, there):
     chosen = [attention_op._choose(x, None, x.shape[1], "auto") for x in (short, long, short.float())]
     assert chosen == [cuda, *[triton_host if there else sdpa] * 2]
     assert attention_op._choose(long, None, 300, "cuda") is cuda
+    monkeypatch.setenv("MASKDIFF_KERNELS", "cuda")
+    assert attention_op._choose(long, None, 300, "auto") is cuda
     with pytest.raises(ValueError, match="^backend: 'cuda' of attention takes at most 288 tokens, not 300"):
         cuda.run(long, None, None, 0.125)
 

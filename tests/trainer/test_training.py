@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def rows(run):
 
 def exact(run):
     """What must be the same bit for bit in a broken and an unbroken run: all but the times."""
-    return [{key: value for key, value in row.items() if key not in ("step_ms", "train_s")} for row in rows(run)]
+    timed = ("step_ms", "train_s", "retained")
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows(run)]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,22 @@ def test_log_has_an_object_a_step(unbroken):
 def test_stage_plan_tells_speed_and_ideal(unbroken):
     plans = json.loads((unbroken / "plans.json").read_text())
     assert plans["0"]["effective_rate"] == 0.75 and plans["0"]["ideal"] > 3 and plans["0"]["dense_ms"] > 0
-    assert plans["1"]["ideal"] == 1 and plans["1"]["speedup"] == 1
+    assert plans["1"]["ideal"] == 1 and plans["1"]["speedup"] == 1 and plans["1"]["retained"] is None
+    assert plans["0"]["retained"] == pytest.approx(plans["0"]["speedup"] / plans["0"]["ideal"])
+
+
+def test_the_log_has_the_retained_share_of_masked_steps(unbroken):
+    plan, log = json.loads((unbroken / "plans.json").read_text())["0"], rows(unbroken)
+    for row in log[:8]:
+        assert row["retained"] == pytest.approx(plan["dense_ms"] / row["step_ms"] / plan["ideal"], abs=1e-3)
+    assert all("retained" not in row for row in log[8:])
+
+
+def test_a_masked_stage_says_its_speed(tmp_path, capsys):
+    training.run(tiny(tmp_path / "run", "--stages", "patch:0.75 x2 b16 lr2e-3"))
+    captured = capsys.readouterr()
+    said = r"\d ms a step, \d+\.\d\dx faster than dense \(ideal 4\.42x, \d+% of it retained\)"
+    assert re.search(said, captured.out) and re.search(r"images/s, .*% of it retained\)", captured.err)
 
 
 def test_the_saved_configuration_starts_the_same_run(unbroken, tmp_path):

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -109,7 +108,7 @@ def _check(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, scale
 def _choose(qkv: Tensor, cu_seqlens: Tensor | None, length: int, backend: str) -> ModuleType:
     """The implementation asked for; for "auto" the chosen one, or another where that does not take such a tensor."""
     chosen = dispatch.choose("attention", qkv.device, backend, length)
-    if chosen is cuda and backend == "auto" and not os.environ.get("MASKDIFF_KERNELS"):
+    if chosen is cuda and dispatch.asked("attention", backend)[0] == "auto":
         return cuda if cuda.can_take(qkv, length)[0] else _where_cuda_cannot()
     if cu_seqlens is not None and qkv.is_cpu and chosen is not cpp:  # the C++ looks by itself
         layout.check_cu_seqlens(cu_seqlens, qkv.shape[0], length)
