@@ -200,7 +200,9 @@ def test_the_emulator_has_every_wrapper():
     twin = without_comments(ROOT / "tests/emulation/instructions.h").split("namespace ptx")[1]
     assert set(wrappers) - {"shared_address"} == set(re.findall(function, twin, re.MULTILINE))
     conformance = ast.parse((ROOT / "tests/emulation/conformance.py").read_text())
-    (checked,) = (n.value for n in conformance.body if isinstance(n, ast.Assign) and n.targets[0].id == "CHECKS")
+    (checked,) = (
+        n.value for n in conformance.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "CHECKS"
+    )
     assert set(" ".join(ast.literal_eval(checked).values()).split()) == set(wrappers) - {"shared_address"}
     tried = (ROOT / "tests/emulation/wrappers.cu").read_text() + (ROOT / "tests/emulation/faults.cu").read_text()
     assert [wrapper for wrapper in set(wrappers) - {"shared_address"} if wrapper not in tried] == []
