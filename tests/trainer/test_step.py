@@ -82,7 +82,7 @@ def check_steps(mask, target, min_snr, dtype):
 
 
 def check_step(state, source, objective, mask, batch, said=""):
-    """Holds a batch's gradients to the fp64 rule; returns the loss, plain PyTorch's and the exact one; the gradients."""
+    """Holds a batch's gradients to the fp64 rule; returns its loss, plain PyTorch's, the exact one; gradients."""
     dtype, unit = state.dtype, torch.finfo(state.dtype).eps
     weights = {name: p.detach().float().clone() for name, p in state.model.named_parameters()}
     loss, grads = ours(state, source, objective, mask, batch)
