@@ -212,6 +212,14 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (NOISY, "-k", "can_run or pinned"),
         (("-(-size // 4)", "(size // 4)"), ("and not elsewhere and", "and"), ("> MOST_QUADS", ">= MOST_QUADS")),
     ),
+    (
+        "kernels/ops/draw_batch/reference.py",
+        (DRAW,),
+        (
+            ("for _ in range(outside.bit_length()):", "for _ in range(1):"),
+            ("to.gather(1, (x - images)", "to.gather(1, (x - images + 1)"),
+        ),
+    ),
     ("kernels/ops/denoising_loss/reference.py", (LOSS,), (("shape[0] + grad_per_sample)", "shape[0])"),)),
     ("kernels/library.py", ("tests/test_install.py", "-k", "foreign or stale"), (("built != expected", "not built"),)),
     (

@@ -57,16 +57,52 @@ def shuffled(
     An 8-round Feistel network on pairs of digits of base a = ceil(sqrt(images)), walked until it falls in range.
     """
     base = math.isqrt(images - 1) + 1
-    epoch, x = n // images, n % images
-    inside = torch.zeros_like(x, dtype=torch.bool)
-    while not bool(inside.all()):
-        left, right = x // base, x % base
-        for r in range(8):
-            word = philox.words(seed, epoch, philox.ORDER, 2 * right + r // 4)[..., r % 4]
-            left, right = right, (left + philox.high(word, base)) % base
-        x = torch.where(inside, x, base * left + right)
-        inside = x < images
+    epoch = n // images
+    x = stepped(seed, epoch, n % images, base)
+    if not x.is_cpu:
+        return walked_blindly(seed, epoch, x, images, base)
+    while not bool((inside := x < images).all()):
+        x = torch.where(inside, x, stepped(seed, epoch, x, base))
     return x
+
+
+def stepped(
+    seed: Tensor,  # [1] int64
+    epoch: Tensor,  # [...] int64, broadcast against x
+    x: Tensor,  # [...] int64 in [0, base^2)
+    base: int,
+) -> Tensor:  # [...] int64 in [0, base^2)
+    """One step of the walk: a permutation of all pairs of digits."""
+    left, right = x // base, x % base
+    for r in range(8):
+        word = philox.words(seed, epoch, philox.ORDER, 2 * right + r // 4)[..., r % 4]
+        left, right = right, (left + philox.high(word, base)) % base
+    return base * left + right
+
+
+def walked_blindly(
+    seed: Tensor,  # [1] int64
+    epoch: Tensor,  # [B] int64
+    x: Tensor,  # [B] int64 in [0, base^2)
+    images: int,
+    base: int,
+) -> Tensor:  # [B] int64 in [0, images)
+    """Where the walks from x end, with nothing read back: a step from every number out of range, then, doubling, two
+    of them, four, ..., until there are as many as numbers out of range, which no walk that ends meets twice.
+
+    The steps take room for B * 2 sqrt(images) numbers, several times.
+    """
+    outside = base * base - images
+    if outside == 0:
+        return x
+    to = stepped(seed, epoch[:, None], torch.arange(images, base * base, device=x.device), base)  # [B, outside]
+
+    def follow(x: Tensor) -> Tensor:  # [B, ...]
+        return torch.where(x < images, x, to.gather(1, (x - images).clamp(min=0)))
+
+    for _ in range(outside.bit_length()):
+        to = follow(to)
+    return follow(x[:, None])[:, 0]
 
 
 def _word(draw: Draw, purpose: int) -> Tensor:  # [B] int64
@@ -75,10 +111,10 @@ def _word(draw: Draw, purpose: int) -> Tensor:  # [B] int64
 
 def _counts(draw: Draw) -> Tensor:  # [B] int64
     """Visible patches of each sample: a group shares its counts out by the sorted words of its first sample."""
-    counts = torch.tensor(draw.counts, device=draw.n.device)
     group = len(draw.counts)
     if group == 1:
-        return counts.expand(len(draw.n))
+        return torch.full_like(draw.n, draw.counts[0])
+    counts = torch.stack([draw.n.new_full((), count) for count in draw.counts])  # made there: a copy would wait
     return counts[_ranked(philox.elements(draw.seed, draw.n[::group], philox.RAGGED, group))].flatten()
 
 
@@ -96,9 +132,7 @@ def _visible(draw: Draw, counts: Tensor, most: int) -> Tensor:  # [B] -> [B, mos
         return torch.arange(end, device=device).expand(len(draw.n), end)
     if draw.kind == "crop":
         side = torch.arange(math.isqrt(most), device=device)
-        roots = torch.tensor([math.isqrt(count) for count in draw.counts], device=device)
-        table = torch.tensor(draw.counts, device=device)
-        crop = roots[(counts[:, None] == table).long().argmax(1)][:, None, None]  # [B, 1, 1]
+        crop = counts.double().sqrt().long()[:, None, None]  # [B, 1, 1] exact: counts are squares
         corner = philox.elements(draw.seed, draw.n, philox.MASK, 2)[:, :, None, None]
         row = philox.high(corner[:, 0], down - crop + 1) + side[:, None]
         column = philox.high(corner[:, 1], across - crop + 1) + side
