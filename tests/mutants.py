@@ -208,6 +208,11 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     ("kernels/philox.py", ("tests/ops/test_philox.py",), (("n >> 32 & _LOW", "n & _LOW"),)),
     (
+        "kernels/ops/attention/op.py",
+        ("tests/ops/test_attention.py", "-k", "by_the_implementation_of_the_forward"),
+        (("ctx.options = max_seqlen, scale, backend", 'ctx.options = max_seqlen, scale, "auto"'),),
+    ),
+    (
         "kernels/ops/visible.py",
         (NOISY, "-k", "can_run or pinned"),
         (("-(-size // 4)", "(size // 4)"), ("and not elsewhere and", "and"), ("> MOST_QUADS", ">= MOST_QUADS")),
