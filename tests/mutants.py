@@ -225,6 +225,11 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("to.gather(1, (x - images)", "to.gather(1, (x - images + 1)"),
         ),
     ),
+    (
+        "kernels/ops/denoising_loss/op.py",
+        (LOSS, "-k", "by_the_implementation_of_the_forward"),
+        (("ctx.backend = backend if compiled else", 'ctx.backend = "auto" or'),),
+    ),
     ("kernels/ops/denoising_loss/reference.py", (LOSS,), (("shape[0] + grad_per_sample)", "shape[0])"),)),
     ("kernels/library.py", ("tests/test_install.py", "-k", "foreign or stale"), (("built != expected", "not built"),)),
     (

@@ -40,7 +40,7 @@ def cuda_struct(op: str, samples: Samples) -> SamplesStruct:
     return samples_struct(samples)
 
 
-def choose(op: str, samples: Samples, backend: str) -> ModuleType:
+def choice(op: str, samples: Samples, backend: str) -> str:
     """The implementation asked for; for "auto" the chosen one, or else the one that takes such samples."""
     device, free = samples.keep_ids.device, backend == "auto" and not os.environ.get("MASKDIFF_KERNELS")
     elsewhere = samples.patches.device != device  # in pinned memory, which CUDA C++ reads by itself
@@ -51,4 +51,9 @@ def choose(op: str, samples: Samples, backend: str) -> ModuleType:
         name = "reference"
     if name != "cuda" and elsewhere:
         raise ValueError(f"store.patches: got pinned memory of the host, takes a tensor on {device} with {name!r}")
-    return dispatch.choose(op, device, name)
+    return name
+
+
+def choose(op: str, samples: Samples, backend: str) -> ModuleType:
+    """The module of the choice."""
+    return dispatch.choose(op, samples.keep_ids.device, choice(op, samples, backend))
