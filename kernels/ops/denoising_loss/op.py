@@ -33,7 +33,8 @@ def denoising_loss(
 
     Args:
         prediction: [B, K, P*P*C], or [M, P*P*C] for ragged lengths; its last dimension must be dense.
-        store, batch, alpha_sigma, seed: those that noisy_patches got.
+        store, batch, alpha_sigma, seed: those that noisy_patches got. Patches in pinned memory of the host have to
+            stay alive and unchanged until the stream has passed the call (see Store).
         target: what is predicted: "eps", "x0" or "v" = alpha eps - sigma x_0.
         weight: [T] float32 weight of each timestep. None: 1.
         backend: "auto", "reference", "cpp" or "cuda".
