@@ -3,10 +3,12 @@
 #   make test      style, types, build, tests
 #   make mutants   plants small faults one at a time: the tests must notice each
 #   make build     compiles the kernels again after a change in csrc/
-#   make gpu-test  on a machine with a GPU: builds, checks every instruction wrapper, all op tests, compute-sanitizer
+#   make gpu-test  on a machine with a GPU: builds, checks wrappers, all ops, steps as CUDA graphs, compute-sanitizer
 #   make gpu-kernels  times the kernels on its card beside their peers into benchmarks/results/; again: goes on
+#   make gpu-step  builds, times training steps there beside plain PyTorch's, draws the curve; again: goes on
 # Variables: TORCH='torch==2.13.0' (what pip installs), PYTHON=python3, OUT=runs/first, TRAIN='--preset digits' (more
-# options), KERNELS='--only "L 257"' (options of gpu-kernels). The gpu- targets take .venv if it is there, else PYTHON.
+# options), KERNELS='--only "L 257"' (options of gpu-kernels), STEP='--only b256' (of gpu-step). The gpu- targets take
+# .venv if it is there, else PYTHON.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OUT ?= runs/first
@@ -23,10 +25,10 @@ train test build: export PATH := $(CURDIR)/$(BIN):$(PATH)
 test mutants: export OMP_WAIT_POLICY := PASSIVE
 
 .NOTPARALLEL:
-.PHONY: help train test mutants build lint types links gpu-test gpu-kernels clean
+.PHONY: help train test mutants build lint types links gpu-test gpu-kernels gpu-step clean
 
 help:
-	@sed -n '2,7s/^#   //p' Makefile
+	@sed -n '2,9s/^#   //p' Makefile
 
 # A run folder is never overwritten: if $(OUT) is there, the next free numbered one is taken.
 train: build
@@ -65,6 +67,10 @@ gpu-test: links
 gpu-kernels: links
 	@$(ON_GPU) benchmarks/gpu_kernels.py $(KERNELS)
 
+gpu-step: links
+	@$(ON_GPU) tests/gpu.py --build || echo "going on with the kernels that are there"
+	@$(ON_GPU) benchmarks/gpu_step.py $(STEP)
+
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	@command -v c++ > /dev/null || { echo "error: a C++ compiler is needed (GCC 10 or newer), and no c++ is there" >&2; exit 2; }
@@ -83,7 +89,11 @@ gpu-kernels: links
 	$(PIP) install -e .
 	@touch $@
 
+# PyTorch for CUDA pins a Triton of its own; beside any other, the one that the tests were written with.
+NO_TRITON := import importlib.util as u, sys; sys.exit(sys.platform == "linux" and not u.find_spec("triton"))
+
 .venv/.installed-test: .venv/.torch pyproject.toml setup.py CMakeLists.txt
+	@$(BIN)/python -c '$(NO_TRITON)' || $(PIP) install triton==3.6.0
 	@echo "== installing maskdiff, what it needs and the test tools, building its kernels"
 	$(PIP) install -e '.[test]'
 	@touch .venv/.installed $@

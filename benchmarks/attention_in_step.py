@@ -51,7 +51,7 @@ def main() -> None:
 
 def measured(stand: bench.Bench, rate: float, rounds: int) -> dict[str, Any]:
     """Medians at one mask rate."""
-    config, mask = stand.model_config, stand.mask("patch", rate)
+    config, mask = stand.model_config, stand.mask(f"patch:{rate:g}" if rate else "dense")
     tokens = round(masking.mean_visible(mask)) + config.extras
     problem = Problem((tokens,) * stand.batch, config.heads, config.width // config.heads, stand.dtype)
     attends = {form: make(problem) for form, make in FORMS.items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peers import compiled as by_compiler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -145,6 +146,19 @@ def sdpa(problem: Problem) -> Attend:
     return _on_equal_lengths(problem, attend)
 
 
+def each(problem: Problem) -> Attend:
+    """Ragged: scaled_dot_product_attention of one sequence after the other, without padding."""
+
+    def attend(qkv: Tensor) -> Tensor:
+        outs = []
+        for part in qkv.split(list(problem.lengths)):  # [L, 3, H, d]
+            q, k, v = part.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)  # [1, H, L, d]
+            outs.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1))
+        return torch.cat(outs)
+
+    return attend
+
+
 def pinned(problem: Problem, backend: SDPBackend) -> Attend:
     """The same by one of its kernels; ragged: on nested tensors."""
     if not problem.ragged:
@@ -204,9 +218,8 @@ def _on_equal_lengths(
 
 
 def compiled(problem: Problem) -> Attend:
-    """The same by torch.compile, for this shape alone."""
-    torch._dynamo.reset()  # beyond eight shapes it would go on uncompiled, in silence
-    return torch.compile(explicit(problem), dynamic=False)
+    """The same by torch.compile."""
+    return by_compiler(explicit(problem))
 
 
 def varlen(problem: Problem) -> Attend:
@@ -227,8 +240,7 @@ def flex(problem: Problem, compile: bool = True) -> Attend:
     """FlexAttention, compiled; ragged: one long sequence with a mask of documents by blocks of 128."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.reset()
-    run = torch.compile(flex_attention, dynamic=False) if compile else flex_attention
+    run = by_compiler(flex_attention) if compile else flex_attention
     mask = _document_mask(problem) if problem.ragged else None
 
     def attend(qkv: Tensor) -> Tensor:
@@ -277,6 +289,7 @@ def fmha(problem: Problem) -> Attend:
 
 
 ANYWHERE: dict[str, Callable[[Problem], Attend]] = {"torch_sdpa": sdpa, "torch_explicit": explicit}
+RAGGED: dict[str, Callable[[Problem], Attend]] = {"torch_each": each}  # beside them, where lengths differ
 ON_CUDA: dict[str, Callable[[Problem], Attend]] = {
     "torch_flash": functools.partial(pinned, backend=SDPBackend.FLASH_ATTENTION),
     "torch_cudnn": functools.partial(pinned, backend=SDPBackend.CUDNN_ATTENTION),
@@ -289,6 +302,8 @@ ON_CUDA: dict[str, Callable[[Problem], Attend]] = {
 }
 
 
-def peers(device: torch.device) -> dict[str, Callable[[Problem], Attend]]:
+def peers(device: torch.device, ragged: bool) -> dict[str, Callable[[Problem], Attend]]:
     """By name, the factories of what maskdiff's attention is measured beside on a device."""
-    return ON_CUDA if device.type == "cuda" else ANYWHERE
+    if device.type == "cuda":
+        return ON_CUDA
+    return {**ANYWHERE, **RAGGED} if ragged else ANYWHERE

@@ -5,14 +5,16 @@
 autograd, and the same malloc settings; `sdpa` and `explicit` are the op's backends, which run their forward again.
 """
 
+from collections.abc import Callable
+
 import pytest
-from attention_peers import ANYWHERE, DTYPES, Problem, ours
+from attention_peers import DTYPES, Problem, compiled, ours, peers
 
 from maskdiff.precision import keep_freed_memory
 
 PAIRS, HEADS, WIDTH = 64, 8, 64
 LENGTHS = (27, 33, 65, 129, 257, 417, 512)
-HOWS = ("cpp", "sdpa", "explicit", *ANYWHERE)
+OURS = ("cpp", "sdpa", "explicit")
 CASES = [f"{length}-{dtype}" for length in LENGTHS for dtype in ("fp32", "bf16")]
 CASES += [f"{length}-{dtype}-ragged" for length in LENGTHS[:4] for dtype in ("fp32", "bf16")]
 
@@ -27,14 +29,20 @@ def problem(case: str) -> Problem:
     return Problem(tuple(lengths), HEADS, WIDTH, DTYPES[dtype], ragged=bool(mix))
 
 
+def contenders(given: Problem) -> dict[str, Callable]:
+    return peers(given.device, given.ragged) | {"torch_compiled": compiled}
+
+
 def build(case: str):
     keep_freed_memory()
     case, how = case.rsplit("-", 1)
     given = problem(case)
-    run = given.run(ANYWHERE[how](given) if how in ANYWHERE else ours(given, how))
+    run = given.run(ours(given, how) if how in OURS else contenders(given)[how](given))
     return run, given.flops(), "flops"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_attention(in_turns, case):
-    in_turns(build, case, HOWS, problem(case).fixed())
+    given = problem(case)
+    judge = given.judge()
+    in_turns(build, case, (*OURS, *contenders(given)), given.fixed(), lambda name, result: judge(result))

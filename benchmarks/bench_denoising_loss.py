@@ -1,9 +1,10 @@
-"""denoising_loss, forward and backward: GB/s, beside its twin and plain PyTorch. See conftest.py.
+"""denoising_loss, forward and backward: GB/s, beside its twin, plain PyTorch and torch.compile. See conftest.py.
 
-The bytes are those a pass must move: bytes of the images, prediction and gradient. torch is given the noise and the
-clean patches, which a trainer without recomputation stores: it draws nothing here, and still reads more.
+The bytes are those a pass must move: bytes of the images, prediction and gradient. The peers are given the noise and
+the clean patches, which a trainer without recomputation stores: they draw nothing here, and still read more.
 """
 
+import peers
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VISIBLE = {"whole": 256, "tenth": 26}
 TARGETS = ("eps", "v", "x0")
 CASES = {
-    f"{share}-{dtype}-{target}": ("cpp", "reference", "torch")
+    f"{share}-{dtype}-{target}": ("cpp", "reference", "torch", "torch_compiled")
     for share in VISIBLE
     for dtype in DTYPES
     for target in TARGETS
@@ -35,17 +36,21 @@ def build(case: str, device="cpu"):
     prediction, x0 = prediction.to(dtype).requires_grad_(), mk.noisy_patches(store, batch, None, seed)
     alpha, sigma = table[batch.timestep][:, :, None, None].unbind(1)
 
-    def plain():
+    def loss_of(prediction):
         wanted = {"eps": eps, "x0": x0}[target] if target != "v" else alpha * eps - sigma * x0
-        loss = (prediction.float() - wanted).square().flatten(1).mean(1).mean()
-        return torch.autograd.grad(loss, prediction)
+        return (prediction.float() - wanted).square().flatten(1).mean(1).mean()
+
+    if how.startswith("torch"):
+        forward = peers.compiled(loss_of) if how == "torch_compiled" else loss_of
 
     def ours():
         loss, _ = mk.denoising_loss(prediction, store, batch, table, seed, target, backend=how)
-        return torch.autograd.grad(loss, prediction)
+        return loss.detach(), *torch.autograd.grad(loss, prediction)
 
     work = BATCH * visible * SIZE * ((target != "eps") + 2 * dtype.itemsize)
-    return plain if how == "torch" else ours, work, "bytes"
+    if how.startswith("torch"):
+        return lambda: torch.autograd.grad(forward(prediction), prediction), work, "bytes"
+    return ours, work, "bytes"
 
 
 @pytest.mark.parametrize("case", CASES)

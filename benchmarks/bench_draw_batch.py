@@ -1,5 +1,11 @@
-"""draw_batch: images a second, beside its twin and the plain PyTorch that a trainer would use. See conftest.py."""
+"""draw_batch: images a second, beside its twin and what a trainer would use: plain PyTorch, also by torch.compile.
 
+See conftest.py.
+"""
+
+import functools
+
+import peers
 import pytest
 import torch
 
@@ -14,15 +20,16 @@ MASKS = {
     "patch-409-of-4096": ((64, 64), mk.Mask("patch", counts=(409,))),
     "patch-ragged-26-to-128": ((16, 16), mk.Mask("patch", counts=tuple(range(26, 129, 6))[:16])),
 }
-CASES = {mask: ("cpp", "reference", "torch") for mask in MASKS}
+CASES = {mask: ("cpp", "reference", "torch", "torch_compiled") for mask in MASKS}
 
 
 def build(case: str, device="cpu"):
     name, how = case.rsplit("-", 1)
     grid, mask = MASKS[name]
     seed, n = torch.tensor([1], device=device), torch.arange(BATCH, device=device)
-    if how == "torch":
-        return lambda: plain(grid, mask, device), BATCH, "images"
+    if how.startswith("torch"):
+        draw = functools.partial(plain, grid, mask, device)
+        return peers.compiled(draw) if how == "torch_compiled" else draw, BATCH, "images"
     return (
         lambda: mk.draw_batch(seed, n, IMAGES, grid, mask, flip=0.5, label_dropout=0.1, backend=how),
         BATCH,

@@ -1,9 +1,10 @@
-"""noisy_patches: GB/s of bytes read and numbers written, beside its twin and plain PyTorch. See conftest.py.
+"""noisy_patches: GB/s of bytes read and numbers written, beside its twin and PyTorch. See conftest.py.
 
-torch gathers the visible patches and draws noise for them alone; torch_whole does as published trainers do: noise on
-whole images, tokens dropped afterwards. Neither mirrors.
+torch gathers the visible patches and draws noise for them alone, torch_compiled does that by torch.compile; torch_whole
+does as published trainers do: noise on whole images, tokens dropped afterwards. None of them mirrors.
 """
 
+import peers
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ SIZE, PATCHES = PATCH * PATCH * CHANNELS, GRID[0] * GRID[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VISIBLE = {"whole": 256, "half": 128, "tenth": 26}
 SHAPES = [f"{share}-{dtype}" for share in VISIBLE for dtype in DTYPES]
-CASES = {shape: ("cpp", "reference", "torch", "torch_whole") for shape in SHAPES}
+CASES = {shape: ("cpp", "reference", "torch", "torch_compiled", "torch_whole") for shape in SHAPES}
 CASES |= {f"{shape}-gather": ("cpp", "reference") for shape in SHAPES}
 
 
@@ -40,9 +41,9 @@ def build(case: str, device="cpu"):
         alpha, sigma = table[batch.timestep][:, :, None, None].unbind(1)
         return (alpha * x0 + sigma * torch.randn_like(x0)).to(dtype)[rows, keep_ids]
 
-    peers = {"torch": gathered, "torch_whole": whole}
-    if how in peers:
-        return peers[how], work, "bytes"
+    plain = {"torch": gathered, "torch_compiled": gathered, "torch_whole": whole}
+    if how in plain:
+        return peers.compiled(plain[how]) if how == "torch_compiled" else plain[how], work, "bytes"
     return lambda: mk.noisy_patches(store, batch, table, seed, dtype, how), work, "bytes"
 
 

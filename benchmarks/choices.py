@@ -1,7 +1,9 @@
 """`python benchmarks/choices.py ROWS.json [...] [--write]` makes kernels/choices.json of measured rows.
 
-For every device and op that the rows speak of it takes the fastest of the op's backends; for attention at every length
-that was measured. Entries of other devices and ops stay. Without --write it only shows what it would write.
+For every device and op that the rows speak of it takes the fastest of the op's backends that need no optional package;
+for attention at every length that was measured. One that computed something wrong in any case is none of them. Entries
+of other devices and ops stay. A table has one entry for all cards of a kind ("cuda:9.0"): rows must be one card's, and
+an op's of one revision. Without --write it only shows what it would write.
 """
 
 import argparse
@@ -14,28 +16,29 @@ from typing import Any
 import records
 from records import Row
 
-import maskdiff_kernels as mk
 from maskdiff_kernels import dispatch
 
 TABLE = Path(dispatch.__file__).parent / "choices.json"
+OPTIONAL = ("apex", "xformers")  # another machine with such a card may lack them
 MARGIN = 1.03  # how much faster another implementation must be, than that of the lengths before, to be changed to
 
 
 def fastest(rows: list[Row], before: str | None = None) -> str | None:
-    """The implementation with the least geometric mean over the cases that all of them ran; None where none ran any.
+    """The implementation with the least geometric mean over the cases; None where none ran any.
 
-    `before`, if it is among them, stays unless another one is faster by MARGIN.
+    One that ran fewer cases than another is no choice: it may be unable to run the rest. `before`, if it is among
+    those left, stays unless another one is faster by MARGIN.
     """
     times: dict[str, dict[tuple, float]] = {}
     for row in rows:
         if row["ms"]:
             times.setdefault(row["implementation"], {})[row["case"], row["dtype"]] = row["ms"]["p50"]
-    if not times:
-        return None
-    shared = set.intersection(*(set(cases) for cases in times.values()))
+    most = max(map(len, times.values()), default=0)
+    able = {name: cases for name, cases in times.items() if len(cases) == most}
+    shared = set.intersection(*map(set, able.values())) if able else set()
     if not shared:
-        raise ValueError(f"{rows[0]['op']}: no case was run by all of {', '.join(times)}")
-    means = {name: math.fsum(math.log(cases[key]) for key in shared) / len(shared) for name, cases in times.items()}
+        return None
+    means = {name: math.fsum(math.log(cases[key]) for key in shared) / len(shared) for name, cases in able.items()}
     best = min(means, key=lambda name: means[name])
     return before if before in means and means[before] <= means[best] + math.log(MARGIN) else best
 
@@ -62,13 +65,26 @@ def by_length(rows: list[Row]) -> str | list[list[Any]] | None:
 
 
 def chosen(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """The entries for every device and op that rows of the op's backends speak of."""
+    """The entries for every device and op that rows of the op's backends speak of.
+
+    Raises ValueError where a device's rows are of several cards, or an op's of several revisions.
+    """
     groups: dict[tuple[str, str], list[Row]] = {}
+    cards: dict[str, str] = {}
     for row in rows:
-        if row["implementation"] in mk.backends(row["op"]):
+        if row["implementation"] in records.ours(row["op"]) and row["implementation"] not in OPTIONAL:
             groups.setdefault((row["device"], row["op"]), []).append(row)
+            card = cards.setdefault(row["device"], row["card"])
+            if row["card"] != card:
+                raise ValueError(f"{row['device']}: got rows of {card} and {row['card']}, takes one card's")
     table: dict[str, dict[str, Any]] = {}
     for (device, op), group in groups.items():
+        revisions = {tuple(str(row.get(key)) for key in records.CODE) for row in group}
+        if len(revisions) > 1:
+            found = ", ".join("/".join(revision) for revision in sorted(revisions))
+            raise ValueError(f"{device} {op}: got rows of revisions {found}, takes one's: measure it anew")
+        wrong = {row["implementation"] for row in group if row.get("wrong")}
+        group = [row for row in group if row["implementation"] not in wrong]
         entry = by_length(group) if op in dispatch.BY_LENGTH else fastest(group)
         if entry is not None:
             table.setdefault(device, {})[op] = entry

@@ -3,9 +3,11 @@
     python -m pytest benchmarks/bench_noisy_patches.py [-k TEXT] [--base REF] [--save FILE] [--benchmark-json FILE]
 
 A bench file has `build("case-implementation") -> (run, work, unit)`: run() does `work` (bytes, flops or images) once.
-The implementations of a case run in turns, each for some 20 ms a round. With --base the library of that git revision is
-built in a worktree, and runs every case of our C++ in turns with this one. --save adds the rows (records.py) to a file,
-of which benchmarks/choices.py makes kernels/choices.json.
+Its result is judged (judging.py) before anything is timed. The implementations of a case run in turns, each for some
+20 ms a round; of a peer that cannot run here a line says why. gpu_kernels.py runs the same files on a GPU, with a
+file's CUDA_PEERS beside. With --base the library of that git revision is built in a worktree, and runs every case of
+our C++ in turns with this one. --save adds the rows (records.py) to a file, of which benchmarks/choices.py makes
+kernels/choices.json.
 """
 
 import json
@@ -18,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import judging
 import pytest
 import records
 import torch
 
-import maskdiff_kernels as mk
 from maskdiff import measure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,25 +136,49 @@ def revisions(
 
 @pytest.fixture
 def in_turns(benchmark, kept, base, revisions, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """in_turns(build, case, implementations) times them in turns and keeps a row of each."""
+    """in_turns(build, case, implementations) times them in turns and keeps a row of each, if their results are right.
+
+    Right is what the op's reference gives, or what `judge(name, result)` has nothing to say of.
+    """
     settled = request.config.stash[_TABLE].settled
 
-    def run(build: Callable, case: str, names: Sequence[str], fixed: dict[str, Any] | None = None) -> None:
+    def run(
+        build: Callable,
+        case: str,
+        names: Sequence[str],
+        fixed: dict[str, Any] | None = None,
+        judge: judging.Judge | None = None,
+    ) -> None:
         op = request.path.stem.removeprefix("bench_")
-        calls, clock = {}, measure.LongClock()
+        ours = records.ours(op)
+        fixed = fixed or records.fixed(op, case)
+        calls, clock, failed = {}, measure.LongClock(), []
+        says = judge or judging.by_reference(op, lambda name: build(f"{case}-{name}")[0])
         for name in names:
-            calls[name], work, unit = build(f"{case}-{name}")
+            try:
+                calls[name], work, unit = build(f"{case}-{name}")
+                result = calls[name]()
+            except Exception as error:
+                if name in ours:
+                    raise
+                failed.append(records.failed(fixed, name, True, f"{type(error).__name__}: {error}"))
+                calls.pop(name, None)
+                continue
+            if said := says(name, result):
+                pytest.fail(f"{name}: {said}", pytrace=False)
+            del result
+        del says  # with the results that it compares
         if not settled:  # seen: whatever runs first in a process takes twice its time for as long as its tensors live
             settled.append(case)
             measure.interleaved(calls, 5, CPU, clock=measure.LongClock())
-            return run(build, case, names, fixed)
+            return run(build, case, names, fixed, judge)
         copy, copied = measure.memory_copy(CPU, 1 << 26)
         calls[records.COPY] = copy
         one_round = sum(max(clock.length, clock.once(call, CPU)) for call in calls.values())
         rounds, warm = max(3, min(ROUNDS, int(LONG / one_round))), 2 if one_round < 1 else 0
         samples = measure.interleaved(calls, rounds, CPU, clock=clock, warm=warm)
-        peers = [name for name in names if name not in mk.backends(op)]
-        rows = records.timed(fixed or records.fixed(op, case), samples, peers, {unit: work}, copied)
+        peers = [name for name in names if name not in ours]
+        rows = [*records.timed(fixed, samples, peers, {unit: work}, copied), *failed]
         lines = []
         if revisions and "cpp" in names:
             times = [[revision.seconds(request.path, f"{case}-cpp") for revision in revisions] for _ in range(ROUNDS)]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskdiff import data, faces, pretrained, sampling
+from maskdiff import data, faces, measure, pretrained, sampling
 from maskdiff.errors import UserError, run_command
 from maskdiff.model import UViT
 from maskdiff.precision import keep_freed_memory
@@ -107,7 +107,10 @@ def main() -> None:
             f"{row['nearest'] / base['nearest']:8.3f}  {each}"
         )
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        about = {"machine": measure.machine(torch.device("cpu")), "commit": measure.commit()}
+        about |= {"run": Path(options.run).name, "data": loaded.config.data.path}
+        about |= {name: getattr(options, name) for name in ("count", "steps", "epochs")}
+        options.json.write_text(json.dumps({**about, "judged": result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import attention_peers
+import judging
 import records
 import torch
 from attention_peers import DTYPES, Problem
 
-import maskdiff_kernels as mk
 from maskdiff import measure, precision
 from maskdiff_kernels import dispatch
 
@@ -37,7 +37,7 @@ class Case:
     fixed: records.Row  # op, case, shape, dtype
     work: dict[str, float]  # of one call: bytes, flops, images
     names: tuple[str, ...]  # of contestants; backends of the op, and peers
-    open: Callable[[], tuple[Callable[[str], Callable[[], Any]], Callable[[str, Any], str]]]
+    open: Callable[[], tuple[Callable[[str], Callable[[], Any]], judging.Judge]]
     """Makes the inputs; returns build(name), which gives the call to time, and judge(name, result): what is wrong."""
 
     @property
@@ -48,7 +48,7 @@ class Case:
         return " ".join(self.key)
 
     def peers(self) -> list[str]:
-        return [name for name in self.names if name not in mk.backends(self.fixed["op"])]
+        return [name for name in self.names if name not in records.ours(self.fixed["op"])]
 
 
 # ---- the table of cases: an op's function gives them in the order in which they are worth having ----
@@ -85,10 +85,10 @@ def attention_case(
     batch, heads = (256, 8) if device.type == "cuda" else (4, 2)
     lengths = stratified(batch, length, most) if ragged else (length,) * batch
     problem = Problem(lengths, heads, width, DTYPES[dtype], device, ragged)
-    peers = attention_peers.peers(device)
+    peers = attention_peers.peers(device, ragged)
     if (width, dtype) not in ((64, "bf16"), (64, "fp32")):  # a look in passing: compiling takes the longest
         peers = {name: factory for name, factory in peers.items() if name not in ("torch_compiled", "torch_flex")}
-    ours = [name for name in runnable("attention", device) if name != "reference"]
+    ours = [name for name in dispatch.able("attention", device) if name != "reference"]
 
     def open() -> tuple:
         judge = problem.judge()
@@ -102,30 +102,23 @@ def attention_case(
 
 
 def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
-    """The cases of benchmarks/bench_<op>.py, by its build("shape-implementation", device).
-
-    Our implementations are held to the reference's results, whole numbers to the bit.
-    """
+    """The cases of benchmarks/bench_<op>.py, by its build("shape-implementation", device)."""
 
     def cases(device: torch.device) -> Iterator[Case]:
         bench = __import__(f"bench_{op}")
-        able = runnable(op, device)
+        ours = records.ours(op)
+        able = dispatch.able(op, device) if ours else []
         for shape, known in bench.CASES.items():
             fixed = records.fixed(op, shape)
-            others = [how for how in known if how not in mk.backends(op)]
-            dtype = DTYPES.get(fixed["dtype"], torch.float32)
-            work, unit = bench.build(f"{shape}-{able[0]}", device)[1:]
+            others = [how for how in known if how not in ours]
+            others += getattr(bench, "CUDA_PEERS", ()) if device.type == "cuda" else ()
+            work, unit = bench.build(f"{shape}-{(*able, *others)[0]}", device)[1:]
 
-            def open(shape: str = shape, others: list[str] = others, dtype: torch.dtype = dtype) -> tuple:
-                expected = flat(bench.build(f"{shape}-reference", device)[0]())
-
+            def open(shape: str = shape, others: list[str] = others) -> tuple:
                 def build(name: str) -> Callable[[], Any]:
                     return bench.build(f"{shape}-{name}", device)[0]
 
-                def judge(name: str, result: Any) -> str:
-                    return "" if name in others else unlike(flat(result), expected, dtype)
-
-                return build, judge
+                return build, judging.by_reference(op, build)
 
             yield Case(fixed, {unit: work}, (*able, *others), open)
 
@@ -134,35 +127,8 @@ def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
 
 OPS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "attention": attention,
-    **{op: from_bench_file(op) for op in ("adamw_ema", "noisy_patches", "denoising_loss", "draw_batch")},
+    **{op: from_bench_file(op) for op in ("adamw_ema", "noisy_patches", "denoising_loss", "draw_batch", "layer_norm")},
 }
-
-
-def runnable(op: str, device: torch.device) -> list[str]:
-    """The backends of an op that can run on such a device here."""
-    known = dispatch._implementations(op)
-    return [name for name, implementation in known.items() if implementation.can_run(device.type)[0]]
-
-
-def flat(result: Any) -> list[torch.Tensor]:
-    """The tensors of a result, in order."""
-    if isinstance(result, torch.Tensor):
-        return [result.detach()]
-    parts = vars(result).values() if hasattr(result, "__dict__") else result or ()
-    return [tensor for part in parts for tensor in flat(part)]
-
-
-def unlike(got: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> str:
-    """How results differ by more than some roundings of a dtype; "" if they do not."""
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"result {i}: {a.dtype} {list(a.shape)}, the reference has {b.dtype} {list(b.shape)}"
-        if not a.is_floating_point():
-            if not torch.equal(a, b):
-                return f"result {i}: other numbers than the reference's"
-        elif not (error := (a.double() - b.double()).norm()) <= 4 * torch.finfo(dtype).eps * b.double().norm():
-            return f"result {i}: error {error:.2e}, norm {b.double().norm():.2e}"
-    return ""
 
 
 # ---- running them ----
@@ -217,21 +183,17 @@ class Runner:
             print("\n".join(map(records.line, rows)), flush=True)
         return not late
 
-    def prepare(self, call: Callable[[], Any], judge: Callable[[Any], str]) -> Callable[[], object]:
+    def prepare(self, call: Callable[[], Any], judge: Callable[[Any], str]) -> Callable[[], Any]:
         """The call to time, after its result was found right, as a CUDA graph where it can be one."""
         if said := judge(call()):
             raise WrongResult(said)
-        if self.device.type != "cuda":
-            return call
-        try:
-            captured = measure.Captured(call, self.device)
-        except RuntimeError:
-            torch.cuda.synchronize(self.device)  # raises where more is broken than the capture
-            return call
-        captured()
-        if said := judge(captured.result):
-            raise WrongResult(f"as a CUDA graph: {said}")
-        return captured
+        found, launches = measure.as_graph(call, self.device)
+        if launches == "graph":
+            getattr(call, "fresh", lambda: None)()  # it has run several times
+            found()
+            if said := judge(found.result):
+                raise WrongResult(f"as a CUDA graph: {said}")
+        return found
 
     def launches(self, call: Callable[[], object]) -> str:
         return "graph" if isinstance(call, measure.Captured) else "eager" if self.device.type == "cuda" else "host"
@@ -239,7 +201,7 @@ class Runner:
     def fail(self, case: Case, name: str, error: Exception) -> None:
         peer = name in case.peers()
         text = str(error) if isinstance(error, WrongResult) else f"{type(error).__name__}: {error}"
-        row = records.failed(case.fixed, name, peer, text)
+        row = records.failed(case.fixed, name, peer, text, isinstance(error, WrongResult))
         self.kept.add(row)
         print(records.line({**row, **self.kept.stamp}), flush=True)
         if isinstance(error, WrongResult) and not peer:
@@ -308,7 +270,7 @@ def main() -> int:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    print("\n".join(["", *records.summary(row for row in kept.rows if row["commit"] == stamp["commit"])]))
+    print("\n".join(["", *records.summary(kept.current())]))
     for said in runner.wrong:
         print(f"WRONG {said}")
     if left:

@@ -1,10 +1,12 @@
 """Rows of measured kernels in a JSON file: written one by one, found again by key, shown as a table.
 
 A row: op, case (a shape in words), shape (the same in numbers), dtype, implementation, peer (whether it is none of
-maskdiff's), ms (20th, 50th and 80th percentile), gbs, gflops or images_per_s, copy_share (of the copy rate measured in
-turns with it), best_peer and ratio (the peer's time over this one's, round by round; ratios has the percentiles),
-launches ("graph", "eager" or "host"); or error, why there is no time.
-With it: device ("cuda:9.0", "cpu:avx2"), card, commit, versions, time, and the card's own rates in that run.
+maskdiff's), ms (20th, 50th and 80th percentile) of how many rounds, gbs, gflops or images_per_s, copy_share (of the
+copy rate measured in turns with it), best_peer and ratio (the peer's time over this one's, round by round; ratios has
+the percentiles), launches ("graph", "eager" or "host"); or error, why there is no time, and wrong, whether that is a
+wrong result.
+With it: device ("cuda:9.0", "cpu:avx2"), card, commit, sources (a hash of the code, which edits change before they are
+committed), versions, time, and the card's own rates in that run.
 """
 
 import importlib.metadata
@@ -22,11 +24,20 @@ import torch
 
 from maskdiff import measure
 from maskdiff_kernels import dispatch
+from maskdiff_kernels.source_version import SUFFIXES, hash_sources
 
 Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ("csrc", "kernels", "benchmarks")  # folders of kernels, their dispatch, and their peers
 COPY = "(copy)"  # what runs in turns with the implementations
+CODE = ("commit", "sources")  # what says with which code a row was measured
 SHARES = ("p20", "p50", "p80")
 UNITS = {"bytes": ("gbs", 1e-6), "flops": ("gflops", 1e-6), "images": ("images_per_s", 1e3)}  # of work in ms
+
+
+def ours(op: str) -> list[str]:
+    """maskdiff's own implementations of an op; none of what is benchmarked and no op of its."""
+    return list(dispatch.backends(op)) if op in dispatch._OPS else []
 
 
 def stamp(device: torch.device, commit: str | None = None) -> Row:
@@ -37,16 +48,22 @@ def stamp(device: torch.device, commit: str | None = None) -> Row:
         "device": dispatch.device_key(device),
         "card": card,
         "commit": commit or measure.commit() or "unversioned",
+        "sources": sources(),
         "versions": versions(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def sources() -> str:
+    """What the code of this tree hashes to, a word for each folder that a kernel's time depends on."""
+    return "-".join(hash_sources(ROOT / folder, (*SUFFIXES, ".py")) for folder in MEASURED)
 
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
-    for name in ("triton", "xformers", "mslk"):
+    for name in ("triton", "xformers", "mslk", "apex"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -86,10 +103,13 @@ class Records:
         os.replace(new, self.path)
 
     def of(self, op: str, case: str, dtype: str) -> dict[str, Row]:
-        """The rows of a case that were measured on this card at this commit, by implementation."""
-        where = (self.stamp["card"], self.stamp["commit"], op, case, dtype)
-        keys = ("card", "commit", "op", "case", "dtype")
-        return {row["implementation"]: row for row in self.rows if tuple(row[key] for key in keys) == where}
+        """The rows of a case that were measured on this card with this code, by implementation."""
+        rows = [row for row in self.current() if (row["op"], row["case"], row["dtype"]) == (op, case, dtype)]
+        return {row["implementation"]: row for row in rows}
+
+    def current(self) -> list[Row]:
+        """The rows that were measured on this card with this code."""
+        return [row for row in self.rows if all(row.get(key) == self.stamp[key] for key in ("card", *CODE))]
 
 
 def _place(row: Row) -> tuple[str, ...]:
@@ -128,7 +148,8 @@ def timed(
     best = min(others, key=lambda name: quantiles[name][1], default=None)
     rows = []
     for name, values in quantiles.items():
-        row = {**fixed, "implementation": name, "peer": name in others, "ms": dict(zip(SHARES, values, strict=True))}
+        row = {**fixed, "implementation": name, "peer": name in others, "rounds": len(samples[name])}
+        row["ms"] = dict(zip(SHARES, values, strict=True))
         for unit, (rate, scale) in UNITS.items():
             if work.get(unit):
                 row[rate] = work[unit] / values[1] * scale
@@ -141,9 +162,10 @@ def timed(
     return rows
 
 
-def failed(fixed: Row, name: str, peer: bool, error: str) -> Row:
-    """The row of an implementation that has no time, and why."""
-    return {**fixed, "implementation": name, "peer": peer, "ms": None, "error": " ".join(error.split())[:400]}
+def failed(fixed: Row, name: str, peer: bool, error: str, wrong: bool = False) -> Row:
+    """The row of an implementation that has no time, and why; `wrong`: it ran, and computed something else."""
+    said = " ".join(error.split())[:400]
+    return {**fixed, "implementation": name, "peer": peer, "ms": None, "error": said, "wrong": wrong}
 
 
 def line(row: Row) -> str:

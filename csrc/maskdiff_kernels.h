@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MASKDIFF_ABI 5
+#define MASKDIFF_ABI 6
 
 #if defined(__GNUC__)
 #define MASKDIFF_API __attribute__((visibility("default")))
@@ -130,6 +130,8 @@ typedef struct {
   double weight_decay;
   double ema_decay;   // the final ones: decays rise as (1 + k) / (10 + k), k the updates that the averages have seen
   double ema2_decay;
+  double ema_gamma;   // of 0 or more: decays are (1 - 1/k)^(gamma + 1) instead; below 0: they are not
+  double ema2_gamma;
 } maskdiff_adamw_numbers;
 
 // ---- the CPU library. `threads` is the number of OpenMP threads to use; results do not depend on it ----

@@ -2,12 +2,13 @@
 
 `draw_batch` says what a batch of samples shows, `noisy_patches` makes the model's input of it, `attention` mixes its
 tokens, `denoising_loss` scores the model's output, `adamw_ema` updates the weights. Each has a plain PyTorch twin and
-compiled kernels; `backends` tells which can run here.
+compiled kernels; `backends` tells which can run here, `using` has others run than would be chosen.
 """
 
 from maskdiff_kernels import philox
-from maskdiff_kernels.dispatch import backends, chosen
+from maskdiff_kernels.dispatch import backends, chosen, using
 from maskdiff_kernels.library import LibraryError, cpu_level, source_version
+from maskdiff_kernels.ops.adamw_ema.averages import PowerEma
 from maskdiff_kernels.ops.adamw_ema.op import adamw_ema
 from maskdiff_kernels.ops.adamw_ema.state import AdamState
 from maskdiff_kernels.ops.attention.flops import FLOPS
@@ -25,6 +26,7 @@ __all__ = [
     "Batch",
     "LibraryError",
     "Mask",
+    "PowerEma",
     "Store",
     "adamw_ema",
     "attention",
@@ -36,4 +38,5 @@ __all__ = [
     "noisy_patches",
     "philox",
     "source_version",
+    "using",
 ]

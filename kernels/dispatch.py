@@ -1,8 +1,9 @@
 """Decides which implementation of an op runs, and says why another cannot.
 
-The order of decision: the op's argument `backend`, the environment variable MASKDIFF_KERNELS, the table choices.json
-(by compute capability or CPU level, written by benchmarks/choices.py on request), the first implementation that can
-run. A library that is missing or stale is an error and no reason to fall back: a run must not turn slow in silence.
+The order of decision: the op's argument `backend`, `using`, the environment variable MASKDIFF_KERNELS ("reference" for
+all ops, "attention=sdpa,adamw_ema=torch" for some), the table choices.json (by compute capability or CPU level, written
+by benchmarks/choices.py on request), the first implementation that can run. A library that is missing or stale is an
+error and no reason to fall back: a run must not turn slow in silence.
 """
 
 import functools
@@ -10,7 +11,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,11 +20,7 @@ from typing import Any
 
 import torch
 
-from maskdiff_kernels import library
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton, which reads the same variable when it is imported, runs its kernels in Python, on the CPU."""
-TRITON_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+from maskdiff_kernels import library, triton_package
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ _OPS: dict[str, dict[str, Implementation]] = {}
 
 def register(op: str, **implementations: ModuleType) -> None:
     """Names the implementations of an op. The name says what it needs: cpp the CPU library, cuda the CUDA library and a
-    GPU, triton and xformers such a package and a GPU, the others nothing."""
+    GPU, triton, xformers and apex such a package and a GPU, the others nothing."""
     kinds: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
         "reference": ((), lambda: "plain PyTorch, any device"),
         "cpp": (("cpu",), lambda: f"C++, {library.cpu_level()}"),
@@ -57,8 +55,9 @@ def register(op: str, **implementations: ModuleType) -> None:
         "torch": ((), lambda: "PyTorch's fused optimizer, any device"),
         "sdpa": ((), lambda: "PyTorch's scaled_dot_product_attention, any device"),
         "explicit": ((), lambda: "PyTorch's products and softmax, any device"),
-        "triton": (TRITON_DEVICES, lambda: implementations["triton"].load()),
+        "triton": (triton_package.DEVICES, triton_package.load),
         "xformers": (("cuda",), lambda: implementations["xformers"].load()),
+        "apex": (("cuda",), lambda: implementations["apex"].load()),
     }
     _OPS[op] = {name: Implementation(module, *kinds[name]) for name, module in implementations.items()}
 
@@ -72,15 +71,23 @@ def _cuda() -> str:
 
 def backends(op: str) -> dict[str, tuple[bool, str]]:
     """For each implementation of an op: whether it can run on this machine, and why, or why not."""
-    return {name: implementation.can_run() for name, implementation in _implementations(op).items()}
+    return {name: implementation.can_run() for name, implementation in implementations(op).items()}
 
 
-def chosen(device: torch.device | str, backend: str = "auto") -> dict[str, str]:
+def able(op: str, device: torch.device | str) -> list[str]:
+    """The implementations of an op that can run for tensors on `device` here."""
+    kind = torch.device(device).type
+    return [name for name, implementation in implementations(op).items() if implementation.can_run(kind)[0]]
+
+
+def chosen(device: torch.device | str, backend: str = "auto", **by_op: str) -> dict[str, str]:
     """The implementation of every op that runs for tensors on `device`: what a run writes down. Raises as `choice`.
+
+    `by_op` names another `backend` for some of them: adamw_ema="torch".
 
     Where it depends on the length, all are named: "cuda to 288 tokens, triton beyond".
     """
-    return {op: _words(_chosen(op, device, backend)) for op in _OPS}
+    return {op: _words(_chosen(op, device, by_op.get(op, backend))) for op in _OPS}
 
 
 def choice(op: str, device: torch.device | str, backend: str = "auto", length: int = 0) -> str:
@@ -100,26 +107,71 @@ def choose(op: str, device: torch.device, backend: str, length: int = 0) -> Modu
 ByLength = tuple[tuple[float, str], ...]  # (most tokens, name), the last of them for any number
 
 
+def asked(op: str, backend: str = "auto") -> tuple[str, str]:
+    """What was asked for of an op, "auto" if nothing, and by what: "backend", "using" or MASKDIFF_KERNELS."""
+    if backend != "auto":
+        return backend, "backend"
+    if op in _using:
+        return _using[op], "using"
+    return _in_environment(os.environ.get("MASKDIFF_KERNELS", "")).get(op, "auto"), "MASKDIFF_KERNELS"
+
+
+_using: dict[str, str] = {}  # what `using` says now
+
+
+@contextmanager
+def using(**names: str) -> Iterator[None]:
+    """Has ops run by the named implementations inside: `with using(attention="sdpa"):`, for calls that name none.
+
+    "auto" lets the table choose. It holds for all threads (autograd runs backward passes in some of its own) and not
+    for a CUDA graph that was captured before. May be nested: what the inner one does not name stays. Raises ValueError
+    for an unknown op or name; one that cannot run is an error of the call that would run it.
+    """
+    for op, name in names.items():
+        if name not in ("auto", *implementations(op)):
+            raise _unknown("using", name, op)
+    before = dict(_using)
+    _using.update(names)
+    try:
+        yield
+    finally:
+        _using.clear()
+        _using.update(before)
+
+
+@functools.cache
+def _in_environment(text: str) -> dict[str, str]:
+    """MASKDIFF_KERNELS by op: "NAME" is for all ops, "OP=NAME,OP=NAME" for these."""
+    if "=" not in text:
+        return dict.fromkeys(_OPS, text or "auto")
+    pairs = [word.strip().partition("=") for word in text.split(",")]
+    if wrong := [op for op, _, _ in pairs if op not in _OPS]:
+        takes = f"a name, or OP=NAME,OP=NAME of {', '.join(_OPS)}"
+        raise ValueError(f"MASKDIFF_KERNELS: got {wrong[0]!r} in {text!r}, takes {takes}")
+    return {op: name for op, _, name in pairs}
+
+
+def _unknown(said_by: str, name: str, op: str) -> ValueError:
+    return ValueError(f"{said_by}: got {name!r}, {op} takes auto or one of {', '.join(implementations(op))}")
+
+
 def _chosen(op: str, device: torch.device | str, backend: str) -> str | ByLength:
-    said_by = "backend"
-    if backend == "auto":
-        backend, said_by = os.environ.get("MASKDIFF_KERNELS") or "auto", "MASKDIFF_KERNELS"
-    return _choice(op, torch.device(device), backend, said_by)
+    implementations(op)
+    return _choice(op, torch.device(device), *asked(op, backend))
 
 
 @functools.cache  # the ops ask at every call; errors are not kept
 def _choice(op: str, device: torch.device, backend: str, said_by: str) -> str | ByLength:
-    implementations = _implementations(op)
+    known = implementations(op)
     found: str | ByLength = backend
     if backend == "auto":
         found, said_by = _table_choice(op, device), "choices.json"
-    elif backend not in implementations:
-        raise ValueError(f"{said_by}: got {backend!r}, {op} takes auto or one of {', '.join(implementations)}")
+    elif backend not in known:
+        raise _unknown(said_by, backend, op)
     if found == "auto":
-        able = (name for name, implementation in implementations.items() if implementation.can_run(device.type)[0])
-        return next(able, "reference")
+        return next((name for name, how in known.items() if how.can_run(device.type)[0]), "reference")
     for name in (found,) if isinstance(found, str) else dict.fromkeys(name for _, name in found):
-        implementation = implementations[name]
+        implementation = known[name]
         if implementation.devices and device.type not in implementation.devices:
             raise ValueError(f"{said_by}: {name!r} of {op} {implementation.can_run(device.type)[1]}")
         implementation.load()
@@ -132,7 +184,8 @@ def _words(found: str | ByLength) -> str:
     return ", ".join(f"{name} beyond" if most == math.inf else f"{name} to {most:g} tokens" for most, name in found)
 
 
-def _implementations(op: str) -> dict[str, Implementation]:
+def implementations(op: str) -> dict[str, Implementation]:
+    """All implementations of an op by name. Raises ValueError for an unknown op."""
     if op not in _OPS:
         raise ValueError(f"op: got {op!r}, takes one of {', '.join(_OPS)}")
     return _OPS[op]

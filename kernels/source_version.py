@@ -13,14 +13,14 @@ LIBRARIES = PACKAGE / "lib"  # where a build puts the compiled libraries
 RECORD = LIBRARIES / "SOURCE_VERSION"  # written by a build: the version of the sources it compiled
 
 
-def hash_sources(csrc: Path) -> str:
-    """The first 16 hex digits of the SHA-256 over every source file's path below `csrc` and its bytes, paths in order.
+def hash_sources(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
+    """The first 16 hex digits of the SHA-256 over the paths below a folder and the bytes of its source files, in order.
 
     Both are preceded by their length, so that no two trees share one input. ValueError if there is no source file.
     """
-    files = sorted((path.relative_to(csrc).as_posix(), path) for path in csrc.rglob("*") if path.suffix in SUFFIXES)
+    files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.suffix in suffixes)
     if not files:
-        raise ValueError(f"no source files in {str(csrc)!r}")
+        raise ValueError(f"no source files in {str(folder)!r}")
     digest = hashlib.sha256()
     for name, path in files:
         for part in (name.encode(), path.read_bytes()):

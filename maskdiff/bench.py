@@ -4,26 +4,30 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from maskdiff_kernels import Mask, Store
 
-from . import baselines, flops, masking, measure, precision, presets, report
+from . import baselines, bench_kernels, flops, masking, measure, precision, presets, report
 from .config import Config
 from .diffusion import Diffusion
 from .errors import UserError, run_command
 from .model import UViT, unpatchify
 from .optim import FlatState, Hyper
-from .step import Objective, Source, train_step
+from .step import Mark, Objective, Source, train_step, unmarked
 
 IMAGES = 256  # random ones: a step's cost does not depend on what they show
 BASELINES = ("strong", "compiled", "published")
 OURS = "maskdiff"
+OWN = "maskdiff-own"  # our step by own kernels wherever there are some; benchmarks/gpu_step.py
+Row = dict[str, Any]
+Progress = Callable[[str], None]
 
 
 class Bench:
@@ -45,25 +49,27 @@ class Bench:
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         self.hyper = Hyper(config.stages[0].lr, config.stages[0].clip)
         torch.manual_seed(0)
-        self.state = FlatState(UViT(model_config).to(device), config.optim, dtype)
+        with device:  # where weights are drawn fast
+            model = UViT(model_config)
+        self.state = FlatState(model, config.optim, dtype)
 
-    def mask(self, kind: str, rate: float) -> Mask:
-        text = "dense" if rate == 0 else f"{kind}:{rate:g}"
-        return masking.resolve(masking.parse_mask(text), self.model_config.grid, self.batch)
+    def mask(self, text: str, batch: int | None = None) -> Mask:
+        return masking.resolve(masking.parse_mask(text), self.model_config.grid, batch or self.batch)
 
-    def ours(self, mask: Mask, batch: int | None = None) -> Callable[[], object]:
+    def ours(self, mask: Mask, batch: int | None = None, mark: Mark = unmarked) -> Callable[[], object]:
         return lambda: train_step(
-            self.state, self.source, self.objective, mask, self.seed, batch or self.batch, self.hyper
+            self.state, self.source, self.objective, mask, self.seed, batch or self.batch, self.hyper, mark
         )
 
     def baseline(self, name: str, rate: float) -> Callable[[], object]:
         optim = self.config.optim
+        average = optim.averages()[0]
         common: dict[str, Any] = {
             "diffusion": self.config.diffusion,
             "lr": self.hyper.lr,
             "betas": optim.betas,
             "weight_decay": optim.weight_decay,
-            "ema": optim.ema,
+            "ema": average if isinstance(average, float) else 0.999,  # it costs the same
             "clip": self.hyper.clip,
         }
         place = (self.model_config, self.images, rate, self.batch)
@@ -73,104 +79,141 @@ class Bench:
         return baselines.StrongBaseline(*place, precision=text, compile=name == "compiled", **common).step
 
     def parts(self, mask: Mask, rounds: int) -> dict[str, float]:
-        """Median milliseconds of each part of our step, the device waited for in between."""
+        """Median milliseconds of each part of our step; the loss's backward pass is told from the model's."""
+        call = self.ours(mask)
+        host = min(measure.seconds(call, self.device) for _ in range(2))
         samples: dict[str, list[float]] = {}
-        for turn in range(rounds + 1):
-            clock = _PartClock(self.device)
-            train_step(self.state, self.source, self.objective, mask, self.seed, self.batch, self.hyper, clock.mark)
-            if turn:
-                for name, value in clock.parts.items():
-                    samples.setdefault(name, []).append(value)
+        for _ in range(rounds):
+            clock = measure.PartClock(self.device, host)
+
+            def at_the_loss(model: Any, args: Any, prediction: Tensor, mark: Mark = clock.mark) -> None:
+                prediction.register_hook(lambda grad: mark("loss backward"))
+
+            hook = self.state.model.register_forward_hook(at_the_loss)
+            self.ours(mask, mark=clock.mark)()
+            hook.remove()
+            for name, value in clock.parts().items():
+                samples.setdefault(name, []).append(value)
         return {name: measure.quantiles(values)[1] for name, values in samples.items()}
 
+    def row(self, text: str, name: str) -> Row:
+        """What a contestant's row says of a mask before anything is measured."""
+        plan, mask, config = masking.parse_mask(text), self.mask(text), self.model_config
+        low = name != "published" and self.dtype == torch.bfloat16
+        return {
+            "mask": text,
+            "kind": "dense" if plan.is_dense else f"{plan.kind}{plan.size or ''}",
+            "rate": (plan.lo + plan.hi) / 2,
+            "range": [plan.lo, plan.hi] if plan.is_range else None,
+            "effective_rate": masking.effective_rate(mask, config.patches),
+            "tokens": masking.mean_visible(mask) + config.extras,
+            "implementation": name,
+            "precision": "bf16" if low else "fp32",
+            "ideal": flops.ideal(config, mask.counts),
+            "step_flops": self.batch * flops.step_flops(config, mask.counts),
+        }
 
-class _PartClock:
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.parts = device, dict[str, float]()
-        self.last = measure.now(device)
 
-    def mark(self, part: str) -> None:
-        now = measure.now(self.device)
-        self.parts[part] = 1e3 * (now - self.last)
-        self.last = now
+@dataclass(frozen=True)
+class Contestant:
+    """A step that is ready to be timed."""
+
+    call: Callable[[], object]
+    launches: str  # "graph", "eager" or "host": see measure.as_graph
+    peak_bytes: int | None  # of one step, beyond what is held between steps
+
+
+def prepare(step: Callable[[], object], device: torch.device) -> Contestant:
+    """Warms a step up, takes its memory, and captures it where that works."""
+    step()
+    peak = measure.peak_memory(step, device)
+    return Contestant(*measure.as_graph(step, device), peak)
+
+
+def timed(row: Row, contestant: Contestant, samples: list[float], matrix_rate: float, batch: int) -> Row:
+    """A row with what was measured: `samples` in ms, the matrix rate in FLOP/s."""
+    p20, step_ms, p80 = measure.quantiles(samples)
+    return {
+        **row,
+        "launches": contestant.launches,
+        "step_ms": step_ms,
+        "step_ms_p20": p20,
+        "step_ms_p80": p80,
+        "images_per_s": 1e3 * batch / step_ms,
+        "mfu": row["step_flops"] / (1e-3 * step_ms) / matrix_rate,
+        "peak_bytes": contestant.peak_bytes,
+    }
+
+
+def compared(rows: Iterable[Row]) -> list[Row]:
+    """Rows of one model and batch, with their speed-up, retained and share; None where the dense step is missing."""
+    rows = list(rows)
+    dense = {row["implementation"]: row["step_ms"] for row in rows if row["kind"] == "dense"}
+    best = min((value for name, value in dense.items() if name != "published"), default=None)
+    found = []
+    for row in rows:
+        own, ideal = dense.get(row["implementation"]), row["ideal"]
+        gain = best and best / row["step_ms"]
+        found.append(
+            {
+                **row,
+                "speedup": own and own / row["step_ms"],
+                "retained": gain and gain / ideal,
+                "share": (1 - 1 / gain) / (1 - 1 / ideal) if gain and ideal > 1 else None,
+            }
+        )
+    return found
 
 
 def run(
     config: Config,
     batch: int,
-    masks: list[tuple[str, float]],  # (kind, rate), the dense one (any kind, 0) among them
+    masks: list[str],  # as a stage names them, "dense" among them
     names: list[str],  # baselines
     rounds: int,
     device: torch.device,
     dtype: torch.dtype,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
+    kernels: bool = False,  # measure every implementation of every op too, and time by kernel
 ) -> dict[str, Any]:
     """Measures everything interleaved and returns what `--json` saves; see docs/performance.md for each figure."""
     if device.type == "cpu":
         precision.keep_freed_memory()
     bench = Bench(config, batch, device, dtype)
     model_config = bench.model_config
-    cells: dict[str, tuple[str, str, float, Mask]] = {}
-    steps: dict[str, Callable[[], object]] = {}
-    for kind, rate in masks:
-        mask = bench.mask(kind, rate)
+    rows: dict[str, Row] = {}
+    contestants: dict[str, Contestant] = {}
+    for text in masks:
+        plan = masking.parse_mask(text)
         for name in (OURS, *names):
-            if name != OURS and kind != "patch" and rate:
-                continue  # the baselines draw patch masks; other kinds cost them the same at the same count
-            key = f"{name} {kind}:{rate:g}"
-            cells[key] = (name, kind, rate, mask)
-            steps[key] = bench.ours(mask) if name == OURS else bench.baseline(name, rate)
+            if name != OURS and not plan.is_dense and (plan.kind != "patch" or plan.is_range):
+                continue  # they draw patch masks, of one length; other kinds cost them the same at the same count
+            progress(f"preparing {name} at {text}")
+            key = f"{name} {text}"
+            rows[key] = bench.row(text, name)
+            step = bench.ours(bench.mask(text)) if name == OURS else bench.baseline(name, plan.lo)
+            contestants[key] = prepare(step, device)
     dense_tokens = model_config.patches + model_config.extras
     yardstick, product_flops = measure.matrix_product(dtype, device, batch * dense_tokens, model_config.width)
     copy, copied = measure.memory_copy(device)
+    clock = measure.StepClock() if device.type == "cuda" else measure.wall_clock
     times = measure.interleaved(
-        {**steps, "product": yardstick, "copy": copy},
+        {**{key: contestant.call for key, contestant in contestants.items()}, "product": yardstick, "copy": copy},
         rounds,
         device,
         lambda turn: progress(f"round {turn + 1} of {rounds}"),
+        clock,
     )
     matrix_rate = product_flops / (1e-3 * measure.quantiles(times["product"])[1])
-    medians = {key: measure.quantiles(times[key]) for key in cells}
-    dense = {name: medians[key][1] for key, (name, _, rate, _) in cells.items() if rate == 0}
-    best_dense = min(value for name, value in dense.items() if name != "published")
-    rows = []
-    for key, (name, kind, rate, mask) in cells.items():
-        visible = mask.counts[0]
-        p20, step_ms, p80 = medians[key]
-        ideal = flops.ideal(model_config, mask.counts)
-        work = batch * flops.step_flops(model_config, mask.counts)
-        gain = best_dense / step_ms
-        rows.append(
-            {
-                "kind": kind if rate else "dense",
-                "rate": rate,
-                "effective_rate": 1 - visible / model_config.patches,
-                "tokens": visible + model_config.extras,
-                "implementation": name,
-                "precision": "fp32" if name == "published" or dtype == torch.float32 else "bf16",
-                "step_ms": step_ms,
-                "step_ms_p20": p20,
-                "step_ms_p80": p80,
-                "images_per_s": 1e3 * batch / step_ms,
-                "speedup": dense[name] / step_ms,
-                "ideal": ideal,
-                "retained": gain / ideal,
-                "share": (1 - 1 / gain) / (1 - 1 / ideal) if ideal > 1 else None,
-                "mfu": work / (1e-3 * step_ms) / matrix_rate,
-                "peak_bytes": None,
-            }
-        )
-    for row, key in zip(rows, cells, strict=True):
-        row["peak_bytes"] = measure.peak_memory(steps[key], device)
-    parts = {}
-    for kind, rate in masks:
-        progress(f"the parts of a step at {kind}:{rate:g}")
-        mask = bench.mask(kind, rate)
-        parts[f"{kind}:{rate:g}"] = bench.parts(mask, max(3, rounds // 2))
-    del steps
+    found = compared(timed(row, contestants[key], times[key], matrix_rate, batch) for key, row in rows.items())
+    del contestants
     gc.collect()
-    equal = equal_tokens(bench, masks, max(3, rounds // 2))
-    return {
+    few = max(3, rounds // 2)
+    parts = {}
+    for text in masks:
+        progress(f"the parts of a step at {text}")
+        parts[text] = bench.parts(bench.mask(text), few)
+    result: dict[str, Any] = {
         "machine": measure.machine(device),
         "commit": measure.commit(),
         "preset": config.preset,
@@ -178,51 +221,60 @@ def run(
         "batch": batch,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
         "rounds": rounds,
+        "turns": "interleaved rounds",
         "matrix_gflops": matrix_rate / 1e9,
         "copy_gbs": copied / (1e-3 * measure.quantiles(times["copy"])[1]) / 1e9,
-        "rows": rows,
+        "rows": found,
         "parts_ms": parts,
-        "equal_tokens": equal,
+        "equal_tokens": equal_tokens(bench, masks, few),
     }
+    if kernels:
+        result["kernels"] = bench_kernels.choices(bench, masks, few, progress)
+        result["by_kernel"] = bench_kernels.by_kernel(bench, masks, progress)
+    return result
 
 
-def equal_tokens(bench: Bench, masks: list[tuple[str, float]], rounds: int) -> list[dict[str, Any]]:
+def equal_tokens(bench: Bench, masks: list[str], rounds: int) -> list[Row]:
     """Images a second when every step holds as many tokens as the dense one: the batch grows as patches are hidden."""
     config = bench.model_config
     budget = bench.batch * (config.patches + config.extras)
-    batches = {
-        (kind, rate): max(1, budget // (bench.mask(kind, rate).counts[0] + config.extras)) for kind, rate in masks
-    }
-    calls = {f"{kind}:{rate:g}": bench.ours(bench.mask(kind, rate), size) for (kind, rate), size in batches.items()}
-    times = measure.interleaved(calls, rounds, bench.device)
+    batches = {text: max(1, int(budget / bench.row(text, OURS)["tokens"])) for text in masks}
+    calls = {text: bench.ours(bench.mask(text, size), size) for text, size in batches.items()}
+    clock = measure.StepClock() if bench.device.type == "cuda" else measure.wall_clock
+    times = measure.interleaved(calls, rounds, bench.device, clock=clock)
     return [
-        {
-            "kind": kind if rate else "dense",
-            "rate": rate,
-            "batch": size,
-            "images_per_s": 1e3 * size / measure.quantiles(times[f"{kind}:{rate:g}"])[1],
-        }
-        for (kind, rate), size in batches.items()
+        {"mask": text, "batch": size, "images_per_s": 1e3 * size / measure.quantiles(times[text])[1]}
+        for text, size in batches.items()
     ]
 
 
-def _numbers(text: str) -> list[float]:
-    try:
-        values = [float(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"--rates takes numbers such as 0,0.5,0.9, not {text!r}") from None
-    if any(not 0 <= value < 1 for value in values):
-        raise UserError(f"--rates takes mask rates from 0 to below 1, not {text!r}")
-    return sorted(set(values) | {0.0})  # everything is measured against the dense step
+def mask_texts(kinds: str, rates: str) -> list[str]:
+    """The masks that --kinds and --rates name, the dense one first: everything is measured against it."""
+    texts = []
+    for rate in rates.split(","):
+        plan = masking.parse_mask(f"patch:{rate.strip()}")
+        if plan.hi >= 1:
+            raise UserError(f"--rates takes mask rates from 0 to below 1, not {rates!r}")
+        texts.append((plan.lo + plan.hi, rate.strip(), plan.is_dense))
+    known = [masking.parse_kind(kind, kind) for kind in kinds.split(",")]
+    if "dense" in dict(known):
+        raise UserError(f"--kinds takes mask kinds such as patch, block4 or crop, not {kinds!r}: dense is always there")
+    masked = [f"{kind}:{rate}" for _, rate, dense in sorted(texts) if not dense for kind in kinds.split(",")]
+    return ["dense", *dict.fromkeys(masked)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m maskdiff.bench", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--preset", default="celeba64", help="whose model, objective and optimizer (default celeba64)")
     parser.add_argument("--batch", type=int, default=8, help="images a step (default 8)")
-    parser.add_argument("--rates", default="0,0.5,0.9", help="mask rates; 0 is always measured (default 0,0.5,0.9)")
+    parser.add_argument(
+        "--rates", default="0,0.5,0.9", help="mask rates and ranges such as 0.5-0.9; 0 always is (default 0,0.5,0.9)"
+    )
     parser.add_argument("--kinds", default="patch", help="mask kinds: patch, block4, crop (default patch)")
     parser.add_argument("--baselines", default="strong,published", help=f"any of {','.join(BASELINES)}, or none")
+    parser.add_argument(
+        "--kernels", action="store_true", help="the step with each implementation of each op, by kernel"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="interleaved steps of each contestant (default 10)")
     parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32; published is always fp32")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -235,8 +287,7 @@ def main() -> None:
             raise UserError(f"--baselines: no baseline {name!r}; there are {', '.join(BASELINES)}")
     if options.batch < 1 or options.rounds < 1:
         raise UserError("--batch and --rounds take a number from 1")
-    kinds = options.kinds.split(",")
-    masks = [(kinds[0], 0.0)] + [(kind, rate) for rate in _numbers(options.rates) if rate for kind in kinds]
+    masks = mask_texts(options.kinds, options.rates)
     device = precision.resolve_device(options.device)
     dtype = precision.resolve_precision(options.precision, device)
     live = sys.stderr.isatty()
@@ -245,7 +296,8 @@ def main() -> None:
         if live:
             print(f"\r{text:60}", end="", file=sys.stderr, flush=True)
 
-    result = run(presets.get(options.preset), options.batch, masks, names, options.rounds, device, dtype, progress)
+    config = presets.get(options.preset)
+    result = run(config, options.batch, masks, names, options.rounds, device, dtype, progress, options.kernels)
     progress("")
     if live:
         print("\r", end="", file=sys.stderr)

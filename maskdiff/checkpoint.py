@@ -98,16 +98,19 @@ def load_weights(run: str | os.PathLike, weights: str = "ema") -> tuple[Config, 
 
     Args:
         run: folder of the run or of a checkpoint.
-        weights: "ema", or "raw" for the weights as trained.
+        weights: "ema", "ema2" for the second average of a run that has one, or "raw" for the weights as trained.
 
     Returns (configuration of the run, float32 tensors by parameter name, the checkpoint's meta data).
-    Raises UserError for what is no run, or damaged.
+    Raises UserError for what is no run, or damaged, or has no second average.
     """
-    if weights not in ("ema", "raw"):
-        raise UserError(f"weights are 'ema' or 'raw', not {weights!r}")
+    prefixes = {"ema": "ema.", "ema2": "ema2.", "raw": "master."}
+    if weights not in prefixes:
+        raise UserError(f"weights are 'ema', 'ema2' or 'raw', not {weights!r}")
     tensors, meta = load(latest(Path(run)))
-    prefix = "ema." if weights == "ema" else "master."
+    prefix = prefixes[weights]
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if not named:
+        raise UserError(f"{run} has no {weights} weights: it was trained without optim.{weights}")
     return config_from_dict(meta["config"]), named, meta
 
 

@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from maskdiff_kernels import PowerEma
+
 from .diffusion import DiffusionConfig
 from .errors import UserError
 from .model import ModelConfig
@@ -21,7 +23,7 @@ __all__ = ["Config", "DataConfig", "DiffusionConfig", "ModelConfig", "OptimConfi
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the moving average of the weights."""
+    """AdamW and the moving averages of the weights."""
 
     betas: tuple[float, float] = (0.9, 0.99)
     """decay of AdamW's first and second moment"""
@@ -31,8 +33,31 @@ class OptimConfig:
     """AdamW's weight decay"""
     decay_all: bool = False
     """decays every parameter, as the paper does, not matrices alone"""
-    ema: float = 0.999
-    """decay of the weights' moving average"""
+    ema: float | str = 0.999
+    """decay of the weights' moving average, or power:W for a power function of relative width W"""
+    ema2: float | str | None = None
+    """the same of a second average; none: there is one alone"""
+    optimizer: Literal["auto", "cpp", "cuda", "torch", "apex", "reference"] = "auto"
+    """what computes the update"""
+
+    def averages(self) -> list[float | PowerEma]:
+        """The decay of `ema` and, where there is one, of `ema2`. Raises UserError for what is none."""
+        given = {"optim.ema": self.ema, "optim.ema2": self.ema2}
+        return [_average(key, value) for key, value in given.items() if value is not None]
+
+
+def _average(key: str, value: float | str) -> float | PowerEma:
+    try:
+        if isinstance(value, str) and value.startswith("power:"):
+            return PowerEma.of_width(float(value.removeprefix("power:")))
+        if 0 <= (decay := float(value)) < 1:
+            return decay
+    except ValueError:
+        pass
+    widest = f"{12**-0.5:.4f}"
+    raise UserError(
+        f"{key} is {value}; give a decay from 0 to below 1, or power:W, W above 0 and at most {widest}, as power:0.1"
+    )
 
 
 @dataclass(frozen=True)
@@ -69,9 +94,13 @@ class Config:
     """auto: bf16 where the device has it natively, else fp32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
+    compile: bool = False
+    """compiles each block by torch.compile, once for all mask rates; needs a C++ compiler, on a GPU Triton"""
+    capture: Literal["auto", "off"] = "auto"
+    """auto: on a GPU, steps are CUDA graphs where they can be; off: each of their launches is the host's"""
     init: str | None = None
     """starts from these weights: a run, a checkpoint of one, or a .pt file of MaskDM"""
-    init_weights: Literal["raw", "ema"] = "raw"
+    init_weights: Literal["raw", "ema", "ema2"] = "raw"
     """which of the weights in --init"""
     checkpoint_every: int = 1000
     """steps between checkpoints; 0: at the end only"""
@@ -190,10 +219,11 @@ def _value(hint: Any, value: Any, base: Any, name: str, source: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        inner = [arg for arg in args if arg is not type(None)]
-        if len(inner) == 1 and value is not None:
+        for inner in args:
+            if inner is type(None) or value is None:
+                continue
             try:
-                return _value(inner[0], value, base, name, source)
+                return _value(inner, value, base, name, source)
             except _WrongType:
                 pass
     elif origin is Literal:
@@ -285,11 +315,11 @@ def _check_ranges(config: Config) -> None:
         ("optim.betas", list(optim.betas), all(0 <= beta < 1 for beta in optim.betas), "two values from 0 to below 1"),
         ("optim.eps", optim.eps, optim.eps > 0, "more than 0"),
         ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "0 or more"),
-        ("optim.ema", optim.ema, 0 <= optim.ema < 1, "from 0 to below 1"),
     ]
     for name, value, good, takes in checks:
         if not good:
             raise UserError(f"{name} is {value}; give {takes}")
+    optim.averages()
 
 
 def _check_stage(number: int, stage: Stage, config: Config) -> None:

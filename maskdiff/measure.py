@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .capture import Captured
+
 Clock = Callable[[Callable[[], object], torch.device], Callable[[], float]]
 """Runs a call and returns a function that gives its seconds, once the device has done everything."""
 
@@ -45,22 +47,65 @@ class LongClock:
         return lambda: took
 
 
-class Captured:
-    """A call as a CUDA graph, whose launch costs the host next to nothing. Raises RuntimeError where it cannot be."""
+def as_graph(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], str]:
+    """The call as a CUDA graph where it can be one, else itself; and how it is launched: "graph", "eager", "host"."""
+    if device.type != "cuda":
+        return call, "host"
+    try:
+        return Captured(call, device), "graph"
+    except RuntimeError:
+        torch.cuda.synchronize(device)  # raises where more is broken than the capture
+        return call, "eager"
 
-    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(self.graph):
-            self.result = call()  # every replay writes it anew
 
-    def __call__(self) -> None:
-        self.graph.replay()
+class StepClock(LongClock):
+    """A Clock of a GPU's own events for steps: each reading is the mean over some 50 ms of steps in a row.
+
+    The host runs ahead of the card, as in training: launches cost time only where it cannot. One step goes before.
+    """
+
+    def __init__(self, length: float = 0.05) -> None:
+        super().__init__(length)
+
+    def __call__(self, call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+        repeats = max(1, round(self.length / self.once(call, device)))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        return lambda: 1e-3 * start.elapsed_time(end) / repeats
+
+
+class PartClock:
+    """Milliseconds from mark to mark of one call; on a GPU by its events, the host far ahead of it."""
+
+    def __init__(self, device: torch.device, host_seconds: float = 0.0) -> None:
+        """`host_seconds`: what the host takes to launch the call. A GPU first waits for one and a half times that."""
+        self.device = device
+        synchronize(device)
+        if device.type == "cuda":
+            torch.cuda._sleep(int(1.5 * host_seconds * 2e9))  # cycles of some 2 GHz
+        self.marks = [("", self._stamp())]
+
+    def _stamp(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, part: str) -> None:
+        self.marks.append((part, self._stamp()))
+
+    def parts(self) -> dict[str, float]:
+        synchronize(self.device)
+        found = dict[str, float]()
+        for (_, start), (part, end) in zip(self.marks, self.marks[1:], strict=False):
+            took = start.elapsed_time(end) if self.device.type == "cuda" else 1e3 * (end - start)
+            found[part] = found.get(part, 0.0) + took
+        return found
 
 
 class ColdClock:
@@ -198,13 +243,20 @@ def machine(device: torch.device) -> dict[str, str | int]:
 def commit() -> str | None:
     """The revision of this checkout, "-dirty" after it where code was changed since; None where there is none.
 
+    None as well without git, and where this file is in a checkout of something else, as installed packages can be.
     Results of benchmarks are no code: writing one must not make the next another revision's.
     """
-    here = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(here)]
-    found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if found.returncode:
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        except OSError:
+            return None
+        return None if done.returncode else done.stdout.strip()
+
+    found = git("rev-parse", "--short=12", "HEAD")
+    if found is None or git("ls-files", "--error-unmatch", "maskdiff/measure.py") is None:
         return None
-    code = ["--", ".", ":(exclude)benchmarks/results", ":(exclude)docs", ":(exclude)*.md"]
-    clean = subprocess.run([*git, "diff", "--quiet", "HEAD", *code]).returncode == 0
-    return found.stdout.strip() + ("" if clean else "-dirty")
+    code = ("--", ".", ":(exclude)benchmarks/results", ":(exclude)docs", ":(exclude)*.md")
+    return found + ("-dirty" if git("diff", "--quiet", "HEAD", *code) is None else "")

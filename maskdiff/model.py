@@ -1,6 +1,8 @@
 """The U-ViT that maskdiff trains: patches in, patches out, on the visible ones alone or on the whole image."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +209,15 @@ class UViT(nn.Module):
             out = self.transform(stream, (len(stream),), packing.cu_seqlens, most + config.extras)
             visible = packing.patches(out, count)
         return visible.to(x.dtype).contiguous()
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Has torch.compile make kernels of each block: LayerNorm, GELU, sums fused; products and attention as before.
+
+        Blocks alike share one compiled form, and the number of tokens is a variable in it: a new mask rate, batch or
+        stage compiles nothing. Rounding may differ by what fusing saves.
+        """
+        for block in self.blocks:
+            block.compile(backend=backend, dynamic=True)
 
     def transform(
         self,

@@ -13,10 +13,11 @@ import maskdiff_kernels
 from maskdiff_kernels import AdamState
 
 from .config import OptimConfig
+from .errors import UserError
 
 ALIGN = 16  # elements: every parameter starts on 64 bytes of fp32
 M = TypeVar("M", bound=nn.Module)
-PARTS = ("master", "exp_avg", "exp_avg_sq", "ema")
+PARTS = ("master", "exp_avg", "exp_avg_sq", "ema")  # and, where the configuration has one, ema2
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Hyper:
 class FlatState(Generic[M]):
     """Owns everything that is trained or counted; the model's parameters become views of it.
 
-    `master`, `exp_avg`, `exp_avg_sq`, `ema` are float32 [size]. With a low precision, weights and biases of matrix
-    products are views of `low` [low_size] in that dtype, rounded from the masters after each update, and all others
-    are views of the masters; in float32 every parameter is a view of its master. Gradients stay autograd's own.
+    `master`, `exp_avg`, `exp_avg_sq`, `ema`, and `ema2` or None are float32 [size]. With a low precision, weights and
+    biases of matrix products are views of `low` [low_size] in that dtype, rounded from the masters after each update,
+    and all others are views of the masters; in float32 every parameter is a view of its master. Gradients stay
+    autograd's own.
 
     Build it from float32 weights, on the device where the model lies. Raises ValueError for other dtypes.
     """
@@ -56,6 +58,7 @@ class FlatState(Generic[M]):
         if wrong := [name for name, p in params.items() if p.dtype != torch.float32]:
             raise ValueError(f"masters are built from float32 weights; {wrong[0]} is {params[wrong[0]].dtype}")
         self.model, self.config, self.dtype = model, config, dtype
+        self.averages = config.averages()
         matmul = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in model.named_modules()
@@ -75,16 +78,19 @@ class FlatState(Generic[M]):
         self.params = [params[name] for name in order]
         device = self.params[0].device
         self.master, self.exp_avg, self.exp_avg_sq, self.ema = (torch.zeros(offset, device=device) for _ in PARTS)
+        self.ema2 = None if config.ema2 is None else torch.zeros_like(self.ema)
+        self.parts = PARTS if self.ema2 is None else (*PARTS, "ema2")
         self.low = torch.zeros(self.low_size if dtype != torch.float32 else 0, dtype=dtype, device=device)
         with torch.no_grad():
             for segment, param in zip(self.segments, self.params, strict=True):
                 segment.view(self.master).copy_(param)
         self.adam_step = torch.zeros((), device=device)  # updates made, skipped ones not counted
         self.ema_step = torch.zeros((), device=device)
-        self.hyper = torch.zeros(2, device=device)  # what the last update was told
-        self.sample = 0  # number of the next sample of the run's stream
+        self.hyper = torch.zeros(2, device=device)  # what the next update is told: learning rate, bound on the norm
+        self.next_sample = torch.zeros((), dtype=torch.int64, device=device)  # of the run's stream; steps move it on
+        self.sample = 0
         self.step = 0  # steps made, skipped ones counted
-        self.ema.copy_(self.master)
+        self._restart_averages()
         self.adam = AdamState(
             self.master,
             self.exp_avg,
@@ -96,9 +102,30 @@ class FlatState(Generic[M]):
             sizes=[segment.shape.numel() for segment in self.segments],
             decays=[segment.decay for segment in self.segments],
             low=self.low if self.low.numel() else None,
+            ema2=self.ema2,
         )
         self._bind(self.master, self.low)
         self._round()
+
+    @property
+    def sample(self) -> int:
+        """The host's count of `next_sample`: reading it waits for nothing, setting it sets both."""
+        return self._sample
+
+    @sample.setter
+    def sample(self, number: int) -> None:
+        self._sample = number
+        self.next_sample.fill_(number)
+
+    def tell(self, hyper: Hyper) -> None:
+        """Puts where the update reads it what changes from step to step."""
+        self.hyper[0].fill_(hyper.lr)
+        self.hyper[1].fill_(math.inf if hyper.clip is None else hyper.clip)
+
+    def made_step(self, samples: int) -> None:
+        """Counts on the host a step that the device was given, of so many samples."""
+        self._sample += samples
+        self.step += 1
 
     def _bind(self, master: Tensor, low: Tensor) -> None:
         for segment, param in zip(self.segments, self.params, strict=True):
@@ -107,6 +134,11 @@ class FlatState(Generic[M]):
     def _round(self) -> None:
         if self.low.numel():
             self.low.copy_(self.master[: self.low_size])
+
+    def _restart_averages(self) -> None:
+        for average in (self.ema, self.ema2):
+            if average is not None:
+                average.copy_(self.master)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         return [segment.view(flat) for segment in self.segments]
@@ -122,10 +154,10 @@ class FlatState(Generic[M]):
         return grads
 
     def fresh(self) -> None:
-        """Starts the moments and the EMA anew from the present weights, as a separate run would."""
+        """Starts the moments and the averages anew from the present weights, as a separate run would."""
         for flat in (self.exp_avg, self.exp_avg_sq, self.adam_step, self.ema_step):
             flat.zero_()
-        self.ema.copy_(self.master)
+        self._restart_averages()
 
     @contextmanager
     def ema_weights(self) -> Iterator[M]:
@@ -139,7 +171,7 @@ class FlatState(Generic[M]):
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Whatever is done inside is undone at the end: the way to time steps that must not count."""
-        tensors = [getattr(self, part) for part in PARTS] + [self.adam_step, self.ema_step]
+        tensors = [getattr(self, part) for part in self.parts] + [self.adam_step, self.ema_step]
         saved, counts = [t.clone() for t in tensors], (self.sample, self.step)
         try:
             yield
@@ -147,12 +179,16 @@ class FlatState(Generic[M]):
             for tensor, value in zip(tensors, saved, strict=True):
                 tensor.copy_(value)
             self.sample, self.step = counts
+            for param in self.params:
+                param.grad = None  # of a step that was not finished
             self._round()
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to save, by name: `master.<parameter>` and so on, and the counters on the device."""
         named = {
-            f"{part}.{segment.name}": segment.view(getattr(self, part)) for part in PARTS for segment in self.segments
+            f"{part}.{segment.name}": segment.view(getattr(self, part))
+            for part in self.parts
+            for segment in self.segments
         }
         return named | {"adam_step": self.adam_step, "ema_step": self.ema_step}
 
@@ -168,21 +204,36 @@ class FlatState(Generic[M]):
         self._round()
 
 
-def adamw_ema(state: FlatState, grads: list[Tensor], hyper: Hyper) -> tuple[Tensor, Tensor]:
-    """Clips, updates the masters by AdamW, the EMA and the low-precision weights.
+def kernels(config: OptimConfig, device: torch.device) -> dict[str, str]:
+    """The implementation of every op that runs on `device`, the optimizer's as configured: what a run writes down.
+
+    Raises UserError where the optimizer cannot take such tensors, LibraryError for a missing library.
+    """
+    try:
+        return maskdiff_kernels.chosen(device, adamw_ema=config.optimizer)
+    except ValueError as error:
+        raise UserError(f"optim.optimizer is {config.optimizer}: {error}") from None
+
+
+def adamw_ema(state: FlatState, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Clips, updates the masters by AdamW, the EMA and the low-precision weights, by `state.hyper`.
 
     Args:
         state: what is updated, in place.
         grads: one gradient per segment of `state`, float32 or the low dtype. Their values are undefined afterwards.
-        hyper: learning rate and bound on the gradient norm.
 
     Returns (gradient norm before clipping [] float32, skipped [] float32: 1 where a gradient was not finite; then
-    nothing but the step count changed). Never waits for the device.
+    nothing changed). Never waits for the device.
     """
     config = state.config
-    state.hyper[0].fill_(hyper.lr)
-    state.hyper[1].fill_(math.inf if hyper.clip is None else hyper.clip)
-    state.step += 1
     return maskdiff_kernels.adamw_ema(
-        state.adam, grads, state.hyper, config.betas, config.eps, config.weight_decay, ema_decay=config.ema
+        state.adam,
+        grads,
+        state.hyper,
+        config.betas,
+        config.eps,
+        config.weight_decay,
+        ema_decay=state.averages[0],
+        ema2_decay=state.averages[-1],
+        backend=config.optimizer,
     )

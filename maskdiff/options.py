@@ -61,6 +61,10 @@ how
   --seed S            seed of everything random
   --precision P       auto, bf16 or fp32
   --device D          auto, cpu or cuda
+  --optimizer O       auto, cpp, cuda, torch, apex or reference: what updates the weights
+  --optim.ema A       average of the weights that samples are drawn with: its decay, as 0.999,
+                      or power:W, a power function of relative width W, as power:0.1
+  --optim.ema2 A      a second one (maskdiff.sample --weights ema2)
 
 more
   --print-config      prints the whole configuration as JSON and stops
@@ -72,15 +76,16 @@ examples
   python -m maskdiff.train --stages 'block2:0.75 x2000 b128 lr1e-3 w100, dense 5m b32'
 """
 _OWN = (
-    "preset", "config", "resume", "data", "stages", "mask.rate", "mask.kind", "print-config", "help", "help-all"
+    "preset", "config", "resume", "stages", "mask.rate", "mask.kind", "print-config", "help", "help-all"
 )  # fmt: skip
+_SHORT = {"data": "data.path", "optimizer": "optim.optimizer"}
 _SWITCHES = ("print-config", "help", "help-all")
 
 # What a resumed run may change: how long it goes on, where, and what it writes. Data may have moved: training compares
 # its hash.
 FREE_ON_RESUME = frozenset(
     "max_steps device data.path out checkpoint_every keep_checkpoints heldout_every sample_every sample_count "
-    "sample_steps guidance probe_steps".split()
+    "sample_steps guidance probe_steps optim.optimizer".split()
 )
 
 
@@ -109,11 +114,7 @@ def parse(argv: list[str]) -> Command:
     saved = None if run is None else _saved_config(run)
     config = _base(own, saved)
     keys = _keys(config)
-    rest = [
-        ("data.path", value) if key == "data" else (key, value)
-        for key, value in options
-        if key not in _OWN or key == "data"
-    ]
+    rest = [(_SHORT.get(key, key), value) for key, value in options if key not in _OWN]
     rest = [_normal(key, value, keys, config) for key, value in rest]
     config = _drop_alternatives(config, {key for key, _ in rest})
     config = _apply(config, rest, keys)
@@ -209,7 +210,7 @@ def _unknown(key: str, keys: dict[str, Any], config: Config) -> str:
     leaves = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
     if leaves:
         return f"no option --{key}; did you mean --{leaves[0]}?"
-    hint = nearest(key, [*keys, *_OWN]) if len(key) > 2 else ""
+    hint = nearest(key, [*keys, *_OWN, *_SHORT]) if len(key) > 2 else ""
     return f"no option --{key}; " + (
         hint.replace("'", "--", 1).replace("'", "") if "mean" in hint else "--help lists them"
     )

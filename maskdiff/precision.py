@@ -1,4 +1,4 @@
-"""Where a run computes and in which dtype: device and precision, resolved once and said plainly."""
+"""Where and how a run computes: device, precision and compiler, resolved once and said plainly."""
 
 import ctypes
 import platform
@@ -42,6 +42,16 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
             "(it takes AVX-512-BF16, AMX, or a GPU from sm_80); use --precision fp32 or auto"
         )
     return torch.bfloat16 if native else torch.float32
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compiles one sum by torch.compile. Raises UserError where that does not work: there is no compiler, no Triton."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:
+        needs = "Triton" if device.type == "cuda" else "a C++ compiler"
+        said = str(error).strip().splitlines()[0]
+        raise UserError(f"--compile: torch.compile needs {needs}, and does not work here: {said}") from error
 
 
 def keep_freed_memory() -> bool:

@@ -33,7 +33,7 @@ def load(run: str | os.PathLike, weights: str = "ema") -> UViT:
 
     Args:
         run: the folder that --out named, or RUN/checkpoints/step-....
-        weights: "ema", or "raw" for the weights as trained.
+        weights: "ema", "ema2" for the second average of a run that has one, or "raw" for the weights as trained.
 
     Returns the model in float32 on the CPU. Raises UserError for what is no run, or damaged.
     """
@@ -67,7 +67,7 @@ def load_maskdm(path: str | os.PathLike, weights: str = "model", heads: int | No
 
 def initial_weights(
     path: str | os.PathLike,
-    weights: str,  # "raw" | "ema"
+    weights: str,  # "raw" | "ema" | "ema2"
     config: ModelConfig,
 ) -> dict[str, Tensor]:
     """The weights that --init names, for a model of `config`: a run or checkpoint folder, or a file of MaskDM's.
@@ -79,7 +79,7 @@ def initial_weights(
     else:
         # The model's own number of heads only where the published rule gives none: a wrong one would go unnoticed.
         heads = config.heads if config.width % HEAD_DIM else None
-        model = load_maskdm(path, "model" if weights == "raw" else "ema", heads)
+        model = load_maskdm(path, "model" if weights == "raw" else weights, heads)
     found = model.config
     compared = "image_size channels patch width blocks heads mlp_ratio qkv_bias time_mlp classes".split()
     differing = [name for name in compared if getattr(found, name) != getattr(config, name)]

@@ -69,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=float, help="classifier-free guidance, 1 = none (default: the run's)")
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic; 1: as noisy as DDPM (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
+    parser.add_argument(
+        "--weights", choices=("ema", "ema2", "raw"), default="ema", help="ema2: the run's second average (default: ema)"
+    )
     parser.add_argument(
         "--labels",
         help="what to draw: [ATTRIBUTE=]VALUE,... by name or number, several such sets separated by ';' in turn; what "

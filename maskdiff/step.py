@@ -1,7 +1,12 @@
-"""One training step: draw, gather and noise the visible patches, predict, score, update. Nothing here waits."""
+"""One training step: draw, gather and noise the visible patches, predict, score, update. Nothing here waits.
 
+`device_step` is all that a step does on the device. What changes from step to step (sample number, learning rate, clip)
+it reads from tensors of FlatState that stay where they are, and so a CUDA graph of it (capture.py) bakes nothing in.
+"""
+
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +28,8 @@ def unmarked(part: str) -> None:
 class Source:
     """What samples are drawn from, on the training device."""
 
-    store: Store
-    ids: Tensor  # [N] int64: rows of the store that may be drawn
+    store: Store  # all images; or, with slots, the visible patches of one batch as a single image (see capture.py)
+    ids: Tensor  # [N] int64: images that may be drawn
     labels: Tensor | None  # [rows, A] int32, -1 = missing; None where the model takes no label
 
 
@@ -76,12 +81,14 @@ def batch_loss(
     mark: Mark = unmarked,
 ) -> tuple[Tensor, Tensor]:
     """Returns (mean [], per sample [B]), the masked denoising loss of a drawn batch, differentiable in the weights."""
-    backend = objective.backend
+    backend, drawn_ids = objective.backend, batch.image_ids
+    if source.store.slots is not None:
+        batch = replace(batch, image_ids=torch.zeros_like(drawn_ids))
     noisy = noisy_patches(source.store, batch, objective.alpha_sigma, seed, dtype=dtype, backend=backend)
     mark("gather and noise")
     label = None
     if source.labels is not None:
-        label = source.labels.index_select(0, batch.image_ids).masked_fill(batch.drop_label[:, None], -1)  # [B, A]
+        label = source.labels.index_select(0, drawn_ids).masked_fill(batch.drop_label[:, None], -1)  # [B, A]
     keep_ids = None if mask.kind == "dense" else batch.keep_ids
     most = None if batch.cu_patches is None else max(mask.counts)
     prediction = model(noisy, batch.timestep, label, keep_ids, batch.cu_patches, most)  # like noisy
@@ -111,6 +118,48 @@ def loss_by_tenth(
     return torch.where(inside, per_sample[:, None], 0.0).sum(0) / inside.sum(0)
 
 
+def accumulate(
+    state: FlatState[UViT],
+    source: Source,
+    objective: Objective,
+    mask: Mask,
+    seed: Tensor,  # [1] int64
+    batch: int,
+    mark: Mark = unmarked,
+) -> tuple[Tensor, Tensor]:  # [], [10] or [0] float32
+    """Takes the next `batch` samples of the stream and leaves their gradients with the parameters.
+
+    Returns the loss, and that by tenth of the rate (see StepResult).
+    """
+    n = state.next_sample + torch.arange(batch, device=seed.device)  # [B]
+    state.next_sample.add_(batch)
+    drawn = draw(source, objective, mask, seed, n)
+    mark("draw")
+    loss, per_sample = batch_loss(state.model, source, objective, mask, drawn, seed, state.dtype, mark)
+    loss.backward()
+    mark("backward")
+    by_tenth = loss.new_empty(0)
+    if drawn.cu_patches is not None:
+        by_tenth = loss_by_tenth(per_sample.detach(), drawn.cu_patches, math.prod(source.store.grid))
+    return loss.detach(), by_tenth
+
+
+def device_step(
+    state: FlatState[UViT],
+    source: Source,
+    objective: Objective,
+    mask: Mask,
+    seed: Tensor,  # [1] int64
+    batch: int,
+    mark: Mark = unmarked,
+) -> StepResult:
+    """Trains on the next `batch` samples by `state.hyper`. Counts on the device alone: see train_step."""
+    loss, by_tenth = accumulate(state, source, objective, mask, seed, batch, mark)
+    norm, skipped = adamw_ema(state, state.gradients())
+    mark("optimizer")
+    return StepResult(loss, norm, skipped, by_tenth)
+
+
 def train_step(
     state: FlatState[UViT],
     source: Source,
@@ -122,16 +171,7 @@ def train_step(
     mark: Mark = unmarked,
 ) -> StepResult:
     """Trains on the next `batch` samples of the stream. The state alone changes."""
-    n = torch.arange(state.sample, state.sample + batch, device=seed.device)  # [B]
-    drawn = draw(source, objective, mask, seed, n)
-    mark("draw")
-    loss, per_sample = batch_loss(state.model, source, objective, mask, drawn, seed, state.dtype, mark)
-    loss.backward()
-    mark("backward")
-    norm, skipped = adamw_ema(state, state.gradients(), hyper)
-    mark("optimizer")
-    state.sample += batch
-    by_tenth = loss.new_empty(0)
-    if drawn.cu_patches is not None:
-        by_tenth = loss_by_tenth(per_sample.detach(), drawn.cu_patches, source.store.patches.shape[1])
-    return StepResult(loss.detach(), norm, skipped, by_tenth)
+    state.tell(hyper)
+    result = device_step(state, source, objective, mask, seed, batch, mark)
+    state.made_step(batch)
+    return result

@@ -6,6 +6,7 @@ import math
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,16 @@ from torch import Tensor
 import maskdiff_kernels
 from maskdiff_kernels import Mask
 
-from . import checkpoint, data, flops, masking, measure, precision, sampling
+from . import capture, checkpoint, data, flops, masking, measure, precision, sampling
 from .config import Config, check_new_run, config_to_dict
 from .diffusion import Diffusion
 from .errors import UserError
 from .model import UViT
-from .optim import FlatState, Hyper
+from .optim import FlatState, Hyper, kernels
 from .pretrained import initial_weights
 from .runlog import DeviceScalars, MetricsFile, Progress
 from .stages import fit, learning_rate, tokens_of
-from .step import Objective, Source, batch_loss, draw, train_step
+from .step import Objective, Source, batch_loss, draw
 
 HELDOUT_SAMPLES = 512
 MAX_SKIPS = 20  # steps in a row with a gradient that is not finite, before the run is given up
@@ -45,10 +46,16 @@ class StagePlan:
     speedup: float
     ideal: float
 
-    def speed(self) -> str:
-        if self.mask.kind == "dense":
+    def retained(self, step_ms: float) -> float | None:
+        """The share of the ideal speed-up over our own dense step that steps of such a length keep; None if dense."""
+        return None if self.mask.kind == "dense" else self.dense_ms / step_ms / self.ideal
+
+    def speed(self, step_ms: float) -> str:
+        retained = self.retained(step_ms)
+        if retained is None:
             return ""
-        return f", {self.speedup:.2f}x faster than dense (ideal {self.ideal:.2f}x)"
+        gain = self.dense_ms / step_ms
+        return f", {gain:.2f}x faster than dense (ideal {self.ideal:.2f}x, {retained:.0%} of it retained)"
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,11 @@ class _Training:
             check_new_run(self.path)
         self.device = precision.resolve_device(config.device)
         self.dtype = precision.resolve_precision(config.precision, self.device)
+        kernels(config.optim, self.device)  # what cannot run is said before data are made ready
         if self.device.type == "cpu":
             precision.keep_freed_memory()
+        if config.compile:
+            precision.check_compiler(self.device)
         packed = data.prepare(
             config.data.path,
             config.model.image_size,
@@ -96,10 +106,12 @@ class _Training:
         if config.init is not None and not resume:
             self.model.load_state_dict(initial_weights(config.init, config.init_weights, config.model))
         self.model.to(self.device)
+        if config.compile:
+            self.model.compile_blocks()
         self.state = FlatState(self.model, config.optim, self.dtype)
         diffusion = Diffusion(config.diffusion)
         self.diffusion = diffusion
-        store = dataclasses.replace(packed.store, patches=packed.store.patches.to(self.device))
+        store = capture.place(packed.store, self.device)
         labels = packed.labels.to(self.device) if config.model.classes else None
         self.source = Source(store, packed.train_ids.to(self.device), labels)
         self.heldout = Source(store, packed.heldout_ids.to(self.device), labels)
@@ -109,6 +121,7 @@ class _Training:
             alpha_sigma, weight, config.diffusion.target, config.data.flip, config.data.label_dropout
         )
         self.seed = torch.tensor([config.seed], device=self.device)
+        self.steps = self._steps(Progress.say)
         self.window = 1 if self.device.type == "cpu" else 20
         self.totals = {"images_seen": 0, "tokens": 0, "flops": 0.0, "train_s": 0.0, "skipped_steps": 0}
         self.skips_in_a_row = 0
@@ -123,18 +136,22 @@ class _Training:
             self.path.mkdir(parents=True, exist_ok=True)
             _write_json(self.path / "config.json", config_to_dict(config))
 
+    def _steps(self, say: Callable[[str], None]) -> capture.Steps:
+        return capture.Steps(self.state, self.source, self.objective, self.seed, self.config.capture, say)
+
     # ---- state on disk
 
     def _environment(self) -> dict[str, Any]:
         """What bit-for-bit resume depends on beside the configuration."""
-        kernels = maskdiff_kernels.chosen(self.device)
-        compiled = "cpp" in kernels.values()
+        chosen = kernels(self.config.optim, self.device)
+        compiled = any("cpp" in words for words in chosen.values())  # attention's may depend on the length
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             "threads": torch.get_num_threads(),
             "instruction_set": maskdiff_kernels.cpu_level() if compiled else None,
-            "kernels": kernels,
+            "kernels": chosen,
+            "compile": self.config.compile,
             "torch": torch.__version__,
             "data": self.packed_hash,
         }
@@ -143,6 +160,7 @@ class _Training:
         plans = self.path / "plans.json"
         if plans.exists():
             for key, plan in json.loads(plans.read_text()).items():
+                plan.pop("retained", None)  # follows from the rest
                 self.plans[int(key)] = StagePlan(**plan | {"mask": Mask(**_tuples(plan["mask"]))})
         if not checkpoint.listing(self.path):
             Progress.say(f"{self.path} has no checkpoint yet: starting again at step 0")
@@ -152,7 +170,7 @@ class _Training:
         if meta["environment"]["data"] != now["data"]:
             raise UserError(f"the images at {self.config.data.path!r} are not those that {self.path} was trained on")
         for key, value in meta["environment"].items():
-            if now[key] != value:
+            if now.get(key) != value:
                 Progress.say(f"note: {key} was {value}, is {now[key]}: the run goes on, but not bit for bit the same")
         try:
             self.state.load(tensors)
@@ -183,15 +201,14 @@ class _Training:
         total = self.source.store.patches.shape[1]
         dense = Mask("dense", 0, (total,))
         times: dict[str, list[float]] = {"step": [], "dense": []}
+        probe = self._steps(lambda _: None)  # of its own: what dense steps of this batch take is given back
         with self.state.kept():
             for turn in range(1 + max(1, self.config.probe_steps)):
                 for name, probed in (("step", mask), ("dense", dense)):
                     if name == "dense" and mask.kind == "dense":
                         continue
                     start = measure.now(self.device)
-                    train_step(
-                        self.state, self.source, self.objective, probed, self.seed, batch, Hyper(0.0, stage.clip)
-                    )
+                    probe(probed, batch, Hyper(0.0, stage.clip))
                     if turn:  # the first pair warms caches and allocator
                         times[name].append(1e3 * (measure.now(self.device) - start))
         step_ms = statistics.median(times["step"])
@@ -211,7 +228,11 @@ class _Training:
             ideal=flops.ideal(self.config.model, mask.counts),
         )
         self.plans[index] = plan
-        _write_json(self.path / "plans.json", {key: dataclasses.asdict(value) for key, value in self.plans.items()})
+        plans = {
+            key: {**dataclasses.asdict(made), "retained": made.retained(made.step_ms)}
+            for key, made in self.plans.items()
+        }
+        _write_json(self.path / "plans.json", plans)
         return plan
 
     # ---- the loop
@@ -249,7 +270,7 @@ class _Training:
         visible = f"{fewest} to {most}" if len(plan.mask.counts) > 1 else f"{most}"
         Progress.say(
             f"{name}: {plan.steps} steps of {plan.batch} images, {visible} of {total} patches visible "
-            f"({plan.effective_rate:.1%} masked), {plan.step_ms:.1f} ms a step{plan.speed()}"
+            f"({plan.effective_rate:.1%} masked), {plan.step_ms:.1f} ms a step{plan.speed(plan.step_ms)}"
         )
         model = self.config.model
         work = {
@@ -261,11 +282,11 @@ class _Training:
         progress = Progress(plan.steps, self.stage_step, name)
         scalars = DeviceScalars(self.window)
         lrs: list[float] = []
+        self.steps.prepare(plan.mask, plan.batch)
         start = measure.now(self.device)
         while self.stage_step < plan.steps and not self._done():
             lr = learning_rate(stage, self.stage_step, plan.steps)
-            hyper = Hyper(lr, stage.clip)
-            result = train_step(self.state, self.source, self.objective, plan.mask, self.seed, plan.batch, hyper)
+            result = self.steps(plan.mask, plan.batch, Hyper(lr, stage.clip))
             scalars.add(result.loss, result.grad_norm, result.skipped, result.loss_by_tenth)
             lrs.append(lr)
             self.stage_step += 1
@@ -277,10 +298,12 @@ class _Training:
             heldout = {"heldout_loss": self.heldout_loss()} if due[0] and len(self.heldout.ids) else {}
             for i, (row, rate) in enumerate(zip(rows, lrs, strict=True)):
                 extra: dict[str, Any] = dict(heldout) if i == len(rows) - 1 else {}
+                if retained := plan.retained(1e3 * step_s):
+                    extra["retained"] = round(retained, 4)
                 if by_tenth := row[3:]:
                     extra["loss_by_rate"] = {f"0.{tenth}": by_tenth[tenth] for tenth in tenths}
                 self._log(metrics, work, row[:3], rate, step_s, self.state.step - len(rows) + i + 1, extra)
-            progress.update(len(rows), rows[-1][0], plan.batch / step_s, plan.speed())
+            progress.update(len(rows), rows[-1][0], plan.batch / step_s, plan.speed(1e3 * step_s))
             lrs = []
             if due[1]:
                 self._save()
@@ -341,7 +364,8 @@ class _Training:
         with torch.no_grad(), self.state.ema_weights() as model:
             for n in torch.arange(HELDOUT_SAMPLES, device=self.device).split(64):
                 batch = draw(self.heldout, objective, mask, self.seed, n)
-                losses.append(batch_loss(model, self.heldout, objective, mask, batch, self.seed, self.dtype)[1])
+                source = capture.staged(self.heldout, batch)
+                losses.append(batch_loss(model, source, objective, mask, batch, self.seed, self.dtype)[1])
         return torch.cat(losses).mean().item()
 
     def _sample(self) -> None:

@@ -1,8 +1,9 @@
 """`python tests/gpu.py` (make gpu-test): what has to hold on a machine with a GPU, in order, with a summary.
 
 The CUDA library is built for the GPU present, unless a fresh one is there; every wrapper of ptx.cuh is held to the PTX
-ISA's tables; then the op tests run on CUDA tensors, and the kernels under compute-sanitizer, where tool and
-driver allow it. Needs PyTorch, NumPy, pytest, CMake and nvcc, and maskdiff_kernels on the path; nothing is installed.
+ISA's tables; then the op tests run on CUDA tensors, steps are captured as CUDA graphs, and the kernels run under
+compute-sanitizer, where tool and driver allow it. Needs PyTorch, NumPy, pytest, CMake and nvcc, and maskdiff_kernels on
+the path; nothing is installed.
 """
 
 import argparse
@@ -154,6 +155,13 @@ def op_tests(session: Session, which: str) -> tuple[str, str]:
     return (result, said) if " passed" in said else (FAILED, f"no test ran: {said}")
 
 
+def step_tests(session: Session) -> tuple[str, str]:
+    """The training step: as a CUDA graph the same to the bit, without waiting."""
+    file = ROOT / "tests" / "trainer" / "test_capture_on_gpu.py"
+    result, said = session.checked(sys.executable, "-m", "pytest", "-q", file, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    return (result, said) if " passed" in said else (FAILED, f"no test ran: {said}")
+
+
 def sanitized(session: Session, tool: str, file: str) -> tuple[str, str]:
     """An op's kernels at a few small shapes, every buffer an allocation of its own."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
@@ -184,6 +192,7 @@ def verdict(status: int | None, printed: str, cases: int) -> tuple[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/gpu.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=7.5, help="after which no step is started (default 7.5)")
+    parser.add_argument("--build", action="store_true", help="only build the libraries, where no fresh one is there")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"error: PyTorch {torch.__version__} sees no CUDA device", file=sys.stderr)
@@ -192,10 +201,12 @@ def main() -> int:
     arch = 10 * major + minor
     print(f"{torch.cuda.get_device_name()}, sm_{arch}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
     session = Session(options.minutes)
-    if session.step("build", lambda: build(session, arch)) and session.step(
-        "conformance of ptx.cuh", lambda: conformance(session, arch)
-    ):
+    built = session.step("build", lambda: build(session, arch))
+    if options.build:
+        return 0 if built else 1
+    if built and session.step("conformance of ptx.cuh", lambda: conformance(session, arch)):
         session.step("op tests on CUDA tensors", lambda: op_tests(session, OTHERS))
+        session.step("the training step as a CUDA graph", lambda: step_tests(session))
         for tool in ("memcheck", "racecheck", "initcheck"):
             for file in SANITIZED:
                 session.step(

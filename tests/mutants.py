@@ -32,9 +32,11 @@ COPIED = (
 TIMEOUT = 600  # seconds for the tests of one fault; a fault that makes them hang is noticed
 
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
-TRITON = ("tests/ops/test_attention_triton.py", "-k", "interpreter")
+TRITON, IMAGES = (("tests/ops/test_" + op + "_triton.py", "-k", "interpreter") for op in ("attention", "images"))
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
+AVERAGES = ("tests/ops/test_adamw_ema.py", "tests/ops/test_adamw_averages.py", "-k", "power or averages")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
+CAPTURE = ("tests/trainer/test_capture.py", "-k", "not runs_are_the_same and not planted")
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
 PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
 
@@ -100,7 +102,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     (
         "csrc/cuda/adamw_ema.cu",
-        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or address"),
+        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or same_bits or address"),
         (
             ("first ? sum : workspace->sums[block] + sum", "sum"),
             ("float adam_step = workspace->adam_step,", "float adam_step = *update.adam_step,"),
@@ -109,18 +111,43 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     (
         "csrc/cuda/numbers.cuh",
-        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or address"),
+        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or same_bits or address"),
         (("sums[thread + other];\n    ptx::sync_block();", "sums[thread + other];"),),
     ),
     (
         "csrc/cuda/adamw_ema.cu",
         ("tests/emulation/test_adamw_ema.py", "-k", "address"),
-        (("segment.offset % 4 == 0 && ", ""),),
+        (
+            ("least(kSums, over(size, kLeastOfASum))", "over(size, kLeastOfASum)"),
+            ("segment.offset % 4 == 0 && ", ""),
+            ("aligned(segment.grad, whole ? 16 : 8)", "aligned(segment.grad, 8)"),
+            (" | 2 * reinterpret_cast<uintptr_t>(a.low);", ";"),
+            ("return all % 16 == 0;", "return all % 8 == 0;"),
+        ),
     ),
     (
         "kernels/ops/adamw_ema/fused.py",
         ADAMW,
         (("(1 - decay) * (1 - skipped)", "1 - decay"), ("u.weight_decay if decays else 0.0", "u.weight_decay")),
+    ),
+    (
+        "kernels/ops/adamw_ema/apex.py",
+        ("tests/ops/test_adamw_ema.py", "tests/ops/test_apex.py", "-k", "apex"),
+        (("flag.copy_(skipped)", "flag.zero_()"), ("any(low is None for low in lows)", "False")),
+    ),
+    (
+        "csrc/common/adamw.h",
+        AVERAGES,
+        (
+            ("if (k < 2.0) return 1.0;", ""),
+            ("i < 7; i++) share", "i < 6; i++) share"),
+            ("power_share(seen, gamma + 1.0)", "power_share(seen, gamma)"),
+        ),
+    ),
+    (
+        "kernels/ops/adamw_ema/averages.py",
+        AVERAGES,
+        (("seen.clamp(min=1)", "seen"), ("math.sqrt((gamma + 1)", "math.sqrt((gamma + 2)")),
     ),
     (
         "csrc/cpu/draw_batch.cpp",
@@ -202,6 +229,51 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "kernels/ops/triton_kernel.py",
+        IMAGES,
+        (
+            ("PATCH - 1 - 2 * (", "PATCH - 1 - ("),
+            ("(bits - 0x3F3504F3) >> 23", "(bits - 0x3F000000) >> 23"),
+            ("(place >= 0) & (place < places)", "(place >= 0)"),
+            ("exists = exists & (element < ELEMENTS)", "exists = exists & (element <= ELEMENTS)"),
+            ("tl.where(flip, place - column", "tl.where(place < 0, place - column"),
+        ),
+    ),
+    (
+        "kernels/ops/noisy_patches/triton_kernel.py",
+        IMAGES,
+        (("count * PER_PATCH, parts * Q)", "count * PER_PATCH, parts * parts * Q)"),),
+    ),
+    (
+        "kernels/ops/denoising_loss/triton_kernel.py",
+        IMAGES,
+        (
+            ("tl.store(counter, 0)", "tl.store(counter, 1)"),
+            ("prediction -= first * patch_stride", "prediction -= 0 * patch_stride"),
+            ("x - target, 0.0)", "x - target, 1.0)"),
+            ("loss *= tl.load(weight + t,", "loss *= tl.load(weight + t * 0,"),
+        ),
+    ),
+    (
+        "kernels/ops/draw_batch/triton_kernel.py",
+        IMAGES,
+        (
+            ("tl.where(below < wanted,", "tl.where(below <= wanted,"),
+            ("(index <= most) & (left > 0)", "(index <= most)"),
+            ("index <= most", "index < most"),
+            ("while x >= images:", "while x > images:"),
+            ("tl.load(n + sample - member)", "tl.load(n + sample)"),
+        ),
+    ),
+    (
+        "kernels/ops/triton_visible.py",
+        ("tests/ops/test_images_triton.py", "-k", "parts or spilling"),
+        (
+            ("return -(-each // (turns * step)) if", "return -(-each // step) if"),
+            ('"enable_fp_fusion": False', '"enable_fp_fusion": True'),
+        ),
+    ),
+    (
         "csrc/cpu/entry.cpp",
         ("tests/test_library.py", "-k", "libgomp"),
         (("return MASKDIFF_SOURCE_VERSION;", 'return "0";'),),
@@ -213,16 +285,28 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (("ctx.options = max_seqlen, scale, backend", 'ctx.options = max_seqlen, scale, "auto"'),),
     ),
     (
-        "kernels/ops/visible.py",
-        (NOISY, "-k", "can_run or pinned"),
-        (("-(-size // 4)", "(size // 4)"), ("and not elsewhere and", "and"), ("> MOST_QUADS", ">= MOST_QUADS")),
+        "kernels/ops/structs.py",
+        ("tests/ops/test_interface.py", "-k", "a_launch"),
+        (("device.index or 0, stream", "0, stream"), ("torch.cuda.current_stream(device).cuda_stream", "None")),
     ),
     (
-        "kernels/ops/draw_batch/reference.py",
-        (DRAW,),
+        "kernels/ops/denoising_loss/cuda.py",
+        ("tests/emulation/test_visible.py", "-k", "side_by_side"),
+        (("torch.cuda.is_current_stream_capturing()", "False"),),
+    ),
+    (
+        "kernels/ops/attention/op.py",
+        ("tests/ops/test_attention.py", "-k", "where_cuda_cannot"),
+        (('dispatch.asked("attention", backend)[0]', "backend"),),
+    ),
+    (
+        "kernels/ops/visible.py",
+        (NOISY, "-k", "can_run or pinned"),
         (
-            ("for _ in range(outside.bit_length()):", "for _ in range(1):"),
-            ("to.gather(1, (x - images)", "to.gather(1, (x - images + 1)"),
+            ("-(-size // 4)", "(size // 4)"),
+            ("and not elsewhere and", "and"),
+            ("> MOST_QUADS", ">= MOST_QUADS"),
+            ("dispatch.asked(op, backend)[0]", "backend"),
         ),
     ),
     (
@@ -269,17 +353,58 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("math.inf if hyper.clip is None else hyper.clip", "math.inf"),
             ("low=self.low if self.low.numel() else None", "low=None"),
             ("decays=[segment.decay for", "decays=[segment.low for"),
+            ("ema2_decay=state.averages[-1]", "ema2_decay=state.averages[0]"),
+            ("for average in (self.ema, self.ema2):", "for average in (self.ema,):"),
         ),
     ),
     (
         "maskdiff/step.py",
         trainer("step", "training"),
         (
-            ("state.sample += batch\n", "state.sample += 1\n"),
+            ("state.next_sample.add_(batch)", "state.next_sample.add_(1)"),
             (".masked_fill(batch.drop_label[:, None], -1)", ""),
             ("0.0).sum(0) / inside.sum(0)", "0.0).sum(0) / len(per_sample)"),
         ),
     ),
+    (
+        "maskdiff/step.py",
+        CAPTURE,
+        (
+            ("n = state.next_sample +", "n = state.sample +"),
+            ("torch.zeros_like(drawn_ids)", "drawn_ids"),
+            ("if source.store.slots is not None:", "if source.store.slots is not None and bool(drawn_ids[0] >= 0):"),
+        ),
+    ),
+    (
+        "maskdiff/optim.py",
+        CAPTURE,
+        (
+            ("self.next_sample.fill_(number)", "self.next_sample = torch.tensor(number)"),
+            ("                param.grad = None  # of", "                pass  # of"),
+        ),
+    ),
+    (
+        "maskdiff/capture.py",
+        CAPTURE,
+        (
+            ("with self.state.kept():", "if True:"),
+            ("key = mask, batch\n", "key = mask, 0\n"),
+            ("            self.state.made_step(batch)\n", ""),
+            ("if self.first != first:", "if self.first is None:"),
+            ("staging.fetch(first + batch)", "staging.fetch(first)"),
+        ),
+    ),
+    (
+        "kernels/ops/draw_batch/reference.py",
+        CAPTURE,
+        (
+            ("if n.is_cpu and bool(", "if bool("),
+            ("-math.log2(outside / base**2)", "-math.log(outside / base**2)"),
+            ("if read or outside == 0:", "if True:"),
+        ),
+    ),
+    ("kernels/ops/denoising_loss/reference.py", CAPTURE, (("else cu.diff().long()", "else torch.bincount(sample)"),)),
+    ("kernels/ops/samples.py", CAPTURE, (("place + across - 1 - 2 * (place % across), place)", "place, place)"),)),
     (
         "maskdiff/ragged.py",
         trainer("ragged", "model"),
@@ -316,27 +441,74 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "kernels/dispatch.py",
+        ("tests/ops/test_interface.py", "-k", "choice_by_op or using"),
+        (
+            ("        _using.clear()\n", ""),
+            ('.get(op, "auto"), "MASKDIFF_KERNELS"', '.get(op, "reference"), "MASKDIFF_KERNELS"'),
+        ),
+    ),
+    (
+        "maskdiff/bench.py",
+        trainer("bench"),
+        (
+            ('if name != "published"), default', "if name), default"),
+            (
+                'clock.mark) -> None:\n                prediction.register_hook(lambda grad: mark("loss backward"))',
+                'clock.mark) -> None:\n                prediction.register_hook(lambda grad: mark("backward"))',
+            ),
+        ),
+    ),
+    ("maskdiff/bench_kernels.py", trainer("bench"), (("excess = ms - dense_ms / ideal", "excess = ms - dense_ms"),)),
+    (
+        "maskdiff/training.py",
+        (*trainer("training"), "-k", "retained or plan"),
+        (("self.dense_ms / step_ms / self.ideal", "self.dense_ms / step_ms"),),
+    ),
+    (
         "benchmarks/records.py",
         ("tests/test_gpu_kernels.py",),
         (
             ("there / here for there, here", "here / there for there, here"),
             ("[old for old in self.rows if _place(old) != _place(row)]", "self.rows"),
+            ('CODE = ("commit", "sources")', 'CODE = ("commit",)'),
         ),
     ),
     (
         "benchmarks/gpu_kernels.py",
         ("tests/test_gpu_kernels.py",),
         (
-            ("if said := judge(captured.result):", "if said := judge(call()):"),
+            ("if said := judge(found.result):", "if said := judge(call()):"),
             ("return 1 if runner.wrong else 0", "return 0"),
+            ('getattr(call, "fresh", lambda: None)()', "pass"),
             ('or not rows[name]["error"]]', "]"),
         ),
     ),
     (
-        "benchmarks/choices.py",
-        ("tests/test_gpu_kernels.py",),
+        "benchmarks/gpu_step.py",
+        ("tests/test_gpu_step.py", "-k", "waits or skipped or own_kernels"),
         (
-            ("set.intersection(*(", "set.union(*("),
+            ('        torch.cuda.set_sync_debug_mode("error")\n', ""),
+            ("return case.name not in self.kept.of(", "return case.name in self.kept.of("),
+            ("own_kernels(stand, case.mask) if case.name in (OWN, NO_SYNC) else {}", "{}"),
+        ),
+    ),
+    (
+        "benchmarks/predict.py",
+        ("tests/test_predict.py", "-k", "not holds"),
+        (
+            ("if key in needed}", "if key}"),
+            ("1: 2 * gradients}", "1: gradients}"),
+        ),
+    ),
+    (
+        "benchmarks/choices.py",
+        ("tests/test_choices.py",),
+        (
+            ("if len(cases) == most}", "}"),
+            ('if row.get("wrong")}', "if False}"),
+            ('if row["card"] != card:', "if False:"),
+            ("if len(revisions) > 1:", "if False:"),
             ('if row["shape"]["backward"]:', "if True:"),
             ("    if options.write:\n", "    if True:\n"),
         ),

@@ -105,7 +105,7 @@ def test_no_test_is_no_success(monkeypatch):
     session = gpu.Session(1)
     for said, result in (("174 skipped, 655 deselected in 4.80s", gpu.FAILED), ("3 passed, 1 skipped", gpu.OK)):
         monkeypatch.setattr(session, "checked", lambda *c, said=said, **env: (gpu.OK, said))
-        assert gpu.op_tests(session, gpu.OTHERS)[0] == result
+        assert gpu.op_tests(session, gpu.OTHERS)[0] == gpu.step_tests(session)[0] == result
 
 
 def test_the_op_tests_that_a_gpu_runs_are_found():

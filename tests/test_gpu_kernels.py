@@ -1,20 +1,26 @@
 """The kernel benchmarks' own machinery, on the CPU: rows, resuming, failures, the time budget, peers, the choice."""
 
 import functools
+import inspect
 import json
 import math
 import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import attention_peers
 import bench_adamw_ema
-import choices
 import gpu_kernels
+import judging
+import peers
 import pytest
 import records
 import torch
 from attention_peers import Problem
 
+import maskdiff_kernels as mk
 from maskdiff import measure
 from maskdiff_kernels import dispatch
 
@@ -71,6 +77,24 @@ def test_finished_rows_are_skipped(bench, monkeypatch):
     assert len(rows) == len(first) and {row["commit"] for row in rows} == {"two"}
 
 
+def test_what_was_edited_is_measured_again(bench, monkeypatch, tmp_path):
+    """A commit's name alone, "...-dirty" or "unversioned", does not change with an edit."""
+    edited = [
+        tmp_path / folder / name for folder, name in (("csrc", "a.cu"), ("kernels", "b.py"), ("benchmarks", "c.py"))
+    ]
+    for path in edited:
+        path.parent.mkdir()
+        path.write_text("1")
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    first = bench()[2]
+    assert "0 of 1 cases to measure" in bench()[1]
+    for path in edited:
+        path.write_text("2")
+        status, output, rows = bench()
+        assert "1 of 1 cases to measure" in output and len(rows) == len(first) and rows[0]["ms"] != first[0]["ms"]
+        assert len({row["sources"] for row in rows} | {first[0]["sources"]}) == 2
+
+
 def test_a_case_that_lacks_a_row_runs_whole(bench, tmp_path):
     """Only what runs in turns can be compared."""
     first = {row["implementation"]: row for row in bench()[2]}
@@ -97,6 +121,7 @@ def test_a_peer_that_fails_is_a_row(bench, monkeypatch):
     found = {row["implementation"]: row for row in rows}
     assert status == 0 and set(found) == {"cpp", "sdpa", "explicit", "torch_raises", "torch_wrong"}
     assert found["torch_raises"]["error"] == "RuntimeError: no kernel for this" and found["torch_raises"]["ms"] is None
+    assert found["torch_wrong"]["wrong"] and not found["torch_raises"]["wrong"]
     assert found["torch_wrong"]["error"].startswith("output: error") and found["torch_wrong"]["ms"] is None
     assert found["cpp"]["ms"] and "ratio" not in found["cpp"]
     assert "torch_raises" in output and "no kernel for this" in output
@@ -113,7 +138,7 @@ def test_our_own_wrong_result_is_an_error(bench, monkeypatch):
     )
     status, output, rows = bench()
     assert status == 1 and f"WRONG attention {ONE} fp32 sdpa: output: error" in output
-    assert [row["implementation"] for row in rows if row["error"]] == ["sdpa"]
+    assert [(row["implementation"], row["wrong"]) for row in rows if row["error"]] == [("sdpa", True)]
 
 
 def test_no_time_left(bench):
@@ -143,24 +168,128 @@ def test_bad_options(bench, capsys, option, said):
 
 def test_every_op_has_cases(monkeypatch):
     monkeypatch.setattr(bench_adamw_ema, "PARAMETERS", 160 * 160)
-    assert set(gpu_kernels.OPS) == set(dispatch._OPS)
+    monkeypatch.setattr(peers, "compiled", lambda call: torch.compile(call, backend="eager"))  # in a tenth of the time
+    assert set(gpu_kernels.OPS) == {*dispatch._OPS, "layer_norm"}
     for op, cases in gpu_kernels.OPS.items():
         case = next(cases(CPU))
         build, judge = case.open()
-        assert case.fixed["op"] == op and case.work and {"cpp", *case.peers()} < set(case.names)
-        for name in ("cpp", *case.peers()):
+        ours = {"cpp"} & set(records.ours(op))
+        assert case.fixed["op"] == op and case.work and case.peers() and {*ours, *case.peers()} <= set(case.names)
+        for name in (*ours, *case.peers()):
             assert judge(name, build(name)()) == "", (op, name)
-    changed = torch.tensor([1, 2, 4])
-    assert gpu_kernels.unlike([changed], [torch.tensor([1, 2, 3])], torch.float32) != ""
-    assert gpu_kernels.unlike([changed + 1e-4], [changed.float()], torch.float32) != ""
-    assert gpu_kernels.unlike([changed + 1e-4], [changed.float()], torch.bfloat16) == ""
-    assert gpu_kernels.unlike([changed * torch.nan], [changed.float()], torch.bfloat16) != ""
-    assert gpu_kernels.unlike([changed.float()], [changed], torch.bfloat16) != ""
+
+
+def test_unlike():
+    whole = torch.tensor([1, 2, 4])
+    single, half = whole.float(), whole.bfloat16()
+    assert judging.unlike([whole], [torch.tensor([1, 2, 3])]) != ""
+    assert judging.unlike([single + 1e-4], [single]) != "" == judging.unlike([single + 1e-6], [single])
+    assert judging.unlike([half + 0.01], [half]) == "" != judging.unlike([half + 0.1], [half])
+    assert judging.unlike([single * torch.nan], [single]) != "" != judging.unlike([single], [half])
+    total, many = torch.tensor(1.0), torch.ones(10_000)  # the sum of many may be 100 roundings off
+    assert judging.unlike([total + 1e-5, many], [total, many]) == ""
+    assert judging.unlike([total + 1e-5], [total]) != "" != judging.unlike([total + 2e-5, many], [total, many])
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """The bench's updates of few parameters, by what stands in for the kernels and is given the real op."""
+    monkeypatch.setattr(bench_adamw_ema, "PARAMETERS", 160 * 160)
+    real = mk.adamw_ema
+
+    def play(stand_in):
+        def update(state, *arguments, backend):
+            run = functools.partial(real, state, *arguments, backend=backend)
+            return stand_in(state, run) if backend == "cpp" else run()
+
+        monkeypatch.setattr(bench_adamw_ema.mk, "adamw_ema", update)
+        cases = list(gpu_kernels.OPS["adamw_ema"](CPU))
+        assert [case.fixed["case"] for case in cases] == ["fp32", "bf16"]
+        return cases
+
+    return play
+
+
+@pytest.mark.parametrize("name", ["master", "exp_avg", "exp_avg_sq", "ema", "low", "adam_step"])
+def test_an_update_that_leaves_a_part_of_the_state(updates, name):
+    """Its norm is right."""
+
+    def restores(state, run):
+        part = getattr(state, name)
+        before = part.clone() if part is not None else None
+        result = run()
+        if part is not None:
+            part.copy_(before)
+        return result
+
+    for case in updates(restores):
+        build, judge = case.open()
+        wrong = (name, case.fixed["case"]) != ("low", "fp32")  # where there is no copy
+        assert (judge("cpp", build("cpp")()) != "") == wrong
+
+
+def test_updates_are_judged_from_a_fresh_state(updates, card, monkeypatch):
+    """Capturing calls them several times over, and a replay once more."""
+
+    class Captured:
+        def __init__(self, call, device):
+            self.call, self.result = call, [call() for _ in range(4)][-1]
+
+        def __call__(self):
+            self.call()
+
+    monkeypatch.setattr(measure, "Captured", Captured)
+    for case in updates(lambda state, run: run()):
+        assert card.run(case, ["cpp", "torch"])
+        rows = card.kept.of(*case.key)
+        assert {name: (row["launches"], row["error"]) for name, row in rows.items()} == {
+            "cpp": ("graph", None),
+            "torch": ("graph", None),
+        }
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", ["fused", "torch_compiled"])
+def test_peers_of_adamw_ema_do_its_work(monkeypatch, name, low):
+    """The weights, moments and copy after a step from zero moments; their averages have a decay of their own."""
+    monkeypatch.setattr(peers, "compiled", lambda call: call)
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(48, generator=generator).to(low or torch.float32) for _ in range(3)]
+    master = torch.randn(144, generator=generator)
+    copies = [None if low is None else master.to(low) for _ in range(2)]
+    theirs, ours = ([master.clone(), torch.zeros(144), torch.zeros(144), master.clone()] for _ in range(2))
+    monkeypatch.setattr(bench_adamw_ema, "CLIP", 0.5)  # reached
+    bench_adamw_ema.PEERS[name](theirs, grads, copies[0])()
+    counts = torch.zeros(()), torch.zeros(())
+    state = mk.AdamState(*ours, *counts, [0, 48, 96], [48] * 3, [True] * 3, low=copies[1])
+    fixed = (bench_adamw_ema.BETAS, bench_adamw_ema.EPS, bench_adamw_ema.DECAY, 0.999)
+    mk.adamw_ema(state, grads, torch.tensor([bench_adamw_ema.LR, 0.5]), *fixed, backend="reference")
+    for number in (0,) if name == "fused" else (0, 1, 2):  # that one keeps moments of its own
+        torch.testing.assert_close(theirs[number], ours[number], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(theirs[number], master)
+    assert not torch.equal(theirs[3], master) and (low is None or torch.equal(*copies))
+
+
+def test_peers_of_apex_take_what_they_are_given():
+    pytest.importorskip("amp_C")
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    inspect.signature(peers.apex("optimizers", "FusedAdam")).bind([], **options, capturable=True)
+    norm = peers.apex("normalization.fused_layer_norm", "mixed_dtype_fused_layer_norm_affine")
+    inspect.signature(norm).bind("input", "weight", "bias", (8,), 1e-5)
+    pytest.importorskip("triton")
+    swa = peers.apex("contrib.openfold_triton.fused_adam_swa", "FusedAdamSWA")
+    inspect.signature(swa).bind([], [], [], 0.999, **options, adam_math_mode=None)
+    inspect.signature(swa.step).bind(swa, grad_clip_scale=1.0)
+
+
+def test_a_peer_that_is_absent_is_an_import_error(monkeypatch):
+    with pytest.raises(ImportError, match="^no NVIDIA apex with optimizers.FusedOther is installed"):
+        peers.apex("optimizers", "FusedOther")
 
 
 def test_cases_of_a_card(monkeypatch):
     """The lengths, dtypes and peers that a GPU is asked for, without one."""
-    monkeypatch.setattr(gpu_kernels, "runnable", lambda op, device: ["cuda", "triton", "sdpa", "reference"])
+    monkeypatch.setattr(dispatch, "able", lambda op, device: ["cuda", "triton", "sdpa", "reference"])
     cases = list(gpu_kernels.attention(torch.device("cuda")))
     assert len({case.key for case in cases}) == len(cases)
     shapes = [(case.fixed["shape"], case.fixed["dtype"], case) for case in cases]
@@ -307,6 +436,32 @@ def test_cold_clock(monkeypatch):
     assert log == ["sweep"] * 10 + ["event", "call", "event"]
 
 
+# ---- by pytest ----
+
+
+def test_a_bench_file_judges_before_it_times(tmp_path):
+    bench = tmp_path / "bench_draw_batch.py"
+    bench.write_text("""
+import pytest, torch
+
+def build(case):
+    return lambda: torch.tensor(2.0 if case == "wrong-cpp" else 1.0), 1.0, "bytes"
+
+@pytest.mark.parametrize("case", ["right", "wrong"])
+def test(in_turns, case):
+    in_turns(build, case, ("cpp", "reference"))
+""")
+    folder = Path(gpu_kernels.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "conftest", "--import-mode=importlib", "-q", str(bench)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+    )
+    assert "cpp: result 0: error 1.00e+00" in done.stdout and "1 failed, 1 passed" in done.stdout, done.stdout
+
+
 # ---- rows ----
 
 
@@ -318,6 +473,7 @@ def test_ratios_are_of_the_same_round():
     assert found["cpp"]["ratio"] == 1.0 and found["cpp"]["ratios"]["p80"] == pytest.approx(1.6)
     assert found["a"]["ratio"] == 1.0 and found["b"]["ratio"] == pytest.approx(2 / 3)
     assert found["cpp"]["gbs"] == 3.0 and found["cpp"]["copy_gbs"] == 8.0 and found["cpp"]["copy_share"] == 0.375
+    assert {row["rounds"] for row in rows} == {3}
     assert found["cpp"]["images_per_s"] == 2000 and "gflops" not in found["cpp"] and found["cpp"]["dtype"] == "bf16"
     alone = records.timed(records.fixed("op", "x"), {"cpp": [1.0], records.COPY: [1.0]}, [], {"flops": 1e6}, 1.0)[0]
     assert "ratio" not in alone and alone["gflops"] == 1.0 and "copy_share" not in alone
@@ -359,7 +515,8 @@ def test_peers_do_the_same_work(mix, dtype):
     lengths, ragged = PROBLEMS[mix]
     problem = Problem(lengths, 2, 32, dtype, ragged=ragged)
     judge = problem.judge()
-    factories = {**attention_peers.ANYWHERE, "cpp": functools.partial(attention_peers.ours, backend="cpp")}
+    factories = {**attention_peers.peers(CPU, ragged), "cpp": functools.partial(attention_peers.ours, backend="cpp")}
+    assert ("torch_each" in factories) == ragged  # padding to the longest is not the best that PyTorch can do
     for name, factory in factories.items():
         out, grad = problem.run(factory(problem))()
         assert judge((out, grad)) == "" and out.is_contiguous() and grad.is_contiguous(), name
@@ -379,60 +536,3 @@ def test_mask_of_documents():
     sequence, tokens = problem.sequences(), sum(problem.lengths)
     every = create_block_mask(lambda b, h, q, k: sequence[q] == sequence[k], None, None, tokens, tokens, device="cpu")
     assert torch.equal(attention_peers._document_mask(problem).to_dense(), every.to_dense())
-
-
-# ---- the choice ----
-
-
-def measured(implementation: str, longest: int, ms: float | None, case: str = "x", **more) -> records.Row:
-    shape = {"longest": longest, "backward": True}
-    row = {"op": "attention", "case": f"{case}{longest}", "shape": shape, "dtype": "bf16", "device": "cuda:9.0"}
-    row |= {"implementation": implementation, "ms": ms and {"p50": ms}, "error": None if ms else "cannot"}
-    return {"card": "a card", "commit": "one", **row, **more}
-
-
-def test_choice_by_length():
-    rows = [
-        measured(name, n, ms) for n in (27, 65) for name, ms in (("cuda", 1.0), ("sdpa", 2.0), ("torch_flash", 0.1))
-    ]
-    assert choices.chosen(rows) == {"cuda:9.0": {"attention": "cuda"}}  # a peer is no choice
-    rows += [measured("cuda", 257, None), measured("sdpa", 257, 3.0), measured("explicit", 257, 4.0)]
-    assert choices.chosen(rows) == {"cuda:9.0": {"attention": [[65, "cuda"], [None, "sdpa"]]}}
-    rows += [measured("sdpa", 288, 1.02), measured("explicit", 288, 1.0)]  # not faster by enough
-    assert choices.chosen(rows)["cuda:9.0"]["attention"] == [[65, "cuda"], [None, "sdpa"]]
-    rows += [measured("sdpa", 512, 1.1), measured("explicit", 512, 1.0)]
-    assert choices.chosen(rows)["cuda:9.0"]["attention"] == [[65, "cuda"], [288, "sdpa"], [None, "explicit"]]
-    forward = [measured("explicit", 27, 0.1)]
-    forward[0]["shape"]["backward"] = False
-    assert choices.chosen(rows + forward) == choices.chosen(rows)
-
-
-def test_only_cases_that_all_ran_count():
-    rows = [measured("cuda", 27, 1.0), measured("sdpa", 27, 2.0), measured("sdpa", 27, 0.01, "y")]
-    assert choices.fastest(rows) == "cuda"
-    rows += [measured("cuda", 27, 0.1, "y")]
-    assert choices.fastest(rows) == "sdpa"
-    with pytest.raises(ValueError, match="attention: no case was run by all of cuda, sdpa"):
-        choices.fastest([measured("cuda", 27, 1.0), measured("sdpa", 27, 1.0, "y")])
-
-
-def test_the_table_is_rewritten_on_request_alone(tmp_path, capsys):
-    table, rows = tmp_path / "choices.json", tmp_path / "rows.json"
-    table.write_text(choices.TABLE.read_text())
-    measured_rows = [measured("cuda", 65, 1.0), measured("cuda", 288, None), measured("sdpa", 288, 1.0)]
-    measured_rows += [
-        {**measured(name, 1, ms), "op": "draw_batch", "shape": {}, "device": "cpu:avx2"}
-        for name, ms in (("cpp", 1.0), ("reference", 2.0), ("torch", 0.1))
-    ]
-    rows.write_text(json.dumps(measured_rows))
-    before = table.read_text()
-    assert choices.main([str(rows)], table) == 0 and table.read_text() == before
-    assert 'cuda:9.0 attention: null -> [[65, "cuda"], [null, "sdpa"]]' in capsys.readouterr().out
-    assert choices.main([str(rows), "--write"], table) == 0
-    found = dispatch.read_table(table.read_text())
-    assert found["cuda:9.0"] == {"attention": ((65, "cuda"), (math.inf, "sdpa"))}
-    assert found["cpu:avx2"] == {"draw_batch": "cpp"}
-    assert {name: found[name] for name in ("cpu", "cuda")} == dispatch.read_table(before)
-    assert choices.text(json.loads(before)) == before
-    rows.write_text("[1]")
-    assert choices.main([str(rows), "--write"], table) == 1 and "no file of measured" in capsys.readouterr().err

@@ -53,6 +53,12 @@ def test_first_line_says_what_a_file_is_for():
         assert empty or (first.startswith(opening) and len(first.split()) >= 4), (name(path), first)
 
 
+def test_width_of_the_readme():
+    """Tables and images cannot be wrapped."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.startswith(("|", "!["))] == []
+
+
 def imports(path: Path, top_only: bool) -> set[str]:
     """Names of the modules that a Python file imports, relative imports made whole."""
     found = set()
@@ -110,19 +116,26 @@ import maskdiff_kernels, maskdiff.bench, maskdiff.doctor, maskdiff.step, maskdif
     assert done.returncode == 0, done.stderr
 
 
-def test_timing_kernels_needs_pytorch_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "options", "said"),
+    [
+        ("gpu_kernels.py", ["--ops=attention", "--minutes=0"], "cases are left"),
+        ("gpu_step.py", ["--only=dense maskdiff-own", "--rounds=1"], "no picture: matplotlib is not here"),
+    ],
+)
+def test_timing_on_a_card_needs_pytorch_alone(file, options, said, tmp_path):
     """A bare machine with a GPU has PyTorch, Triton and NumPy."""
     absent = sorted(HEAVY | {"tyro", "scipy", "pytest", "pytest_benchmark", "safetensors", "PIL", "tqdm"})
     code = f"""
 import runpy, sys
 for name in {absent!r}:
     sys.modules[name] = None
-sys.argv = ["gpu_kernels.py", "--device=cpu", "--ops=attention", "--minutes=0", "--out={tmp_path}/rows.json"]
+sys.argv = [{file!r}, "--device=cpu", "--out={tmp_path}/rows.json", *{options!r}]
 sys.path.insert(0, "benchmarks")
-runpy.run_path("benchmarks/gpu_kernels.py", run_name="__main__")
+runpy.run_path("benchmarks/{file}", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "cases are left" in done.stdout, done.stderr
+    assert done.returncode == 0 and said in done.stdout, done.stderr
 
 
 def test_import_has_no_side_effects():

@@ -1,5 +1,5 @@
 // One element's step of AdamW and of the averages of its weights; the same formulas on CPU and GPU.
-// Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
+// Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; Karras et al., arXiv 2312.02696, equation 127.
 #pragma once
 
 #include "maskdiff_kernels.h"
@@ -38,8 +38,25 @@ MASKDIFF_HD double power(double base, int64_t count) {
   return result;
 }
 
-// How much of the new weights an average takes up: young averages take up more, so that they do not stick to their start.
-MASKDIFF_HD float ema_share(double decay, double seen) {
+// 1 - (1 - 1/k)^exponent for a count k of 1 or more: by series, of operations that IEEE 754 fixes, without cancellation.
+MASKDIFF_HD double power_share(double k, double exponent) {
+  if (k < 2.0) return 1.0;
+  const double z = 1.0 / (2.0 * k - 1.0), square = z * z;  // -ln(1 - 1/k) = 2 artanh(z); z is at most 1/3
+  double series = 0.0;
+  for (int i = 18; i >= 0; i--) series = series * square + 1.0 / (2 * i + 1);
+  double x = exponent * 2.0 * z * series;
+  x = (x < 64.0 ? x : 64.0) / 128.0;
+  double share = 1.0;  // 1 - exp(-x) by Taylor's series, x at most 1/2
+  for (int i = 15; i >= 2; i--) share = 1.0 - share * x * (1.0 / i);
+  share *= x;
+  for (int i = 0; i < 7; i++) share *= 2.0 - share;  // 1 - exp(-2 x), and so on to 128 x
+  return share;
+}
+
+// How much of the new weights an average takes up at its update number `seen`: young averages take up more, so that they
+// do not stick to their start; those by a power function (gamma of 0 or more) ever less.
+MASKDIFF_HD float ema_share(double decay, double gamma, double seen) {
+  if (gamma >= 0.0) return (float)power_share(seen, gamma + 1.0);
   const double young = (1.0 + seen) / (10.0 + seen);
   return (float)(1.0 - (young < decay ? young : decay));
 }
@@ -59,8 +76,8 @@ MASKDIFF_HD AdamFactors adam_factors(const maskdiff_adamw_numbers& n, float lr, 
   f.rate = (float)((double)lr / (1.0 - power(n.beta1, t)));
   f.root = (float)(1.0 / __builtin_sqrt(1.0 - power(n.beta2, t)));
   f.eps = (float)n.eps;
-  f.to_ema[0] = ema_share(n.ema_decay, seen);
-  f.to_ema[1] = ema_share(n.ema2_decay, seen);
+  f.to_ema[0] = ema_share(n.ema_decay, n.ema_gamma, seen);
+  f.to_ema[1] = ema_share(n.ema2_decay, n.ema2_gamma, seen);
   return f;
 }
 

@@ -2,10 +2,10 @@
 #include <stdlib.h>
 
 #include "common/adamw.h"
-#include "cpu/attention_vector.h"
 #include "cpu/convert.h"
 #include "cpu/ops.h"
 #include "cpu/threads.h"
+#include "cpu/vector.h"
 
 namespace maskdiff {
 namespace ISA {

@@ -4,8 +4,8 @@
 // A matrix of `height` rows stands as [ceil(columns / PANEL)][height][PANEL].
 #pragma once
 
-#include "cpu/attention_vector.h"
 #include "cpu/convert.h"
+#include "cpu/vector.h"
 
 namespace maskdiff {
 namespace ISA {

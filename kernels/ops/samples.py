@@ -119,6 +119,13 @@ class Samples(NamedTuple):
         """The sample that each visible patch belongs to."""
         return sample_of(self.keep_ids, self.cu_patches)
 
+    def stored(self) -> Tensor:  # [M, P*P*C] uint8
+        """The visible patches as they are stored: those of a mirrored picture are not mirrored yet."""
+        sample, across = self.sample(), self.grid[1]
+        place = self.keep_ids.flatten().to(torch.int64)
+        row = torch.where(self.flip[sample], place + across - 1 - 2 * (place % across), place)
+        return self.patches[self.image_ids[sample], row if self.slots is None else self.slots.to(torch.int64)]
+
 
 def check_cu_patches(cu_patches: Tensor, total: int) -> None:
     """Raises ValueError unless they run from 0 to `total` and never fall. Reads them: for CPU tensors only."""

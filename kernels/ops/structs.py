@@ -62,10 +62,13 @@ class AdamwStruct(ctypes.Structure):
     )
 
 
+ADAMW_NUMBERS = "beta1 beta2 eps weight_decay ema_decay ema2_decay ema_gamma ema2_gamma".split()
+
+
 class AdamwNumbersStruct(ctypes.Structure):
     """maskdiff_adamw_numbers."""
 
-    _fields_ = [(name, ctypes.c_double) for name in "beta1 beta2 eps weight_decay ema_decay ema2_decay".split()]
+    _fields_ = [(name, ctypes.c_double) for name in ADAMW_NUMBERS]
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -133,7 +136,7 @@ def adamw_structs(u: Update) -> tuple[AdamwStruct, AdamwNumbersStruct]:
         0 if u.low is None else u.low.shape[0],
         DTYPES[torch.bfloat16 if u.low is None else u.low.dtype],
     )
-    return update, AdamwNumbersStruct(u.beta1, u.beta2, u.eps, u.weight_decay, u.ema_decay, u.ema2_decay)
+    return update, AdamwNumbersStruct(*(getattr(u, name) for name in ADAMW_NUMBERS))
 
 
 def _table(numbers: Sequence[int]) -> ctypes.Array:

@@ -1,6 +1,5 @@
 """What the CUDA kernels of noisy_patches and denoising_loss take, and which implementation runs for such samples."""
 
-import os
 from types import ModuleType
 
 import torch
@@ -42,7 +41,7 @@ def cuda_struct(op: str, samples: Samples) -> SamplesStruct:
 
 def choice(op: str, samples: Samples, backend: str) -> str:
     """The implementation asked for; for "auto" the chosen one, or else the one that takes such samples."""
-    device, free = samples.keep_ids.device, backend == "auto" and not os.environ.get("MASKDIFF_KERNELS")
+    device, free = samples.keep_ids.device, dispatch.asked(op, backend)[0] == "auto"
     elsewhere = samples.patches.device != device  # in pinned memory, which CUDA C++ reads by itself
     if device.type == "cuda" and free and elsewhere:
         backend = "cuda"

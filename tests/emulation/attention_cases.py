@@ -10,9 +10,8 @@ import ctypes
 from dataclasses import dataclass
 
 import numpy as np
-from conformance import Cuda, Host, run_cases, set_up
+from conformance import BF16, FP16, Cuda, Host, as_dtype, run_cases, set_up
 
-BF16, FP16 = 1, 2  # maskdiff_dtype
 DENSE = (0, 1, 2, 3, 4)
 
 
@@ -46,12 +45,7 @@ class Case:
         qkv = random.standard_normal((*shape, 3, self.heads, self.width), np.float32)
         qkv[:, :, :2] *= self.spread
         gradient = random.standard_normal((*shape, self.heads * self.width), np.float32)
-        return halves(qkv, self.dtype), halves(gradient, self.dtype)
-
-
-def halves(x: np.ndarray, dtype: int) -> np.ndarray:
-    """Bit patterns; for bf16 cut off, since any value does."""
-    return x.astype(np.float16).view(np.uint16) if dtype == FP16 else (x.view(np.uint32) >> 16).astype(np.uint16)
+        return as_dtype(qkv, self.dtype), as_dtype(gradient, self.dtype)
 
 
 def run(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+FP32, BF16, FP16 = 0, 1, 2  # maskdiff_dtype
 Place = Callable[[int, int, int], int]  # row or column of element i, by groupID, threadID_in_group, i
 
 
@@ -56,6 +57,13 @@ class Cuda:
         torch.cuda.synchronize()
         tensor = self._live.pop(pointer.value)
         return tensor.cpu().numpy().view(dtype).reshape(shape)  # type: ignore[attr-defined]
+
+
+def as_dtype(x: np.ndarray, dtype: int) -> np.ndarray:
+    """Numbers as a kernel takes them: float32, or bit patterns of 16; for bf16 cut off, since any value does."""
+    if dtype == FP32:
+        return x
+    return x.astype(np.float16).view(np.uint16) if dtype == FP16 else (x.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def set_up(library: ctypes.CDLL, on: type[Host] | type[Cuda], seed: int) -> Callable[[int], str]:

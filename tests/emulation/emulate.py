@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 ARCHS = (80, 90, 100, 120)
 EXPORTS = HERE / "exports.cu"
-VISIBLE = [EXPORTS, *(ROOT / "csrc" / "cuda" / f"{op}.cu" for op in ("noisy_patches", "denoising_loss"))]
+OPS = ("noisy_patches", "denoising_loss", "adamw_ema")  # whose CUDA kernels take whatever the op takes
 DEFINES = ['-DMASKDIFF_SOURCE_VERSION="of the tests"', '-DMASKDIFF_CUDA_ARCHS="emulated"']
 COMMON = ["-std=c++17", "-fno-strict-aliasing", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-ffp-contract=off", "-DISA=emulated"]
@@ -83,6 +83,13 @@ def load(library: Path) -> ctypes.CDLL:
     return loaded
 
 
+def load_ops() -> ctypes.CDLL:
+    """The kernels of OPS, in one emulated library: what kernels/library.py takes for the CUDA library."""
+    library = load(build("ops", [EXPORTS, *(ROOT / "csrc" / "cuda" / f"{op}.cu" for op in OPS)]))
+    library.maskdiff_cuda_error_text = library.wrapper_error
+    return library
+
+
 def run_sanitized(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs Python on what loads a library built for `sanitizer`: its runtime must come first in the process."""
     names = [_runtime(name) for name in PRELOAD[sanitizer]]
@@ -95,7 +102,7 @@ def run_sanitized(sanitizer: str, *arguments: str) -> subprocess.CompletedProces
     }
     command = [os.path.realpath(sys.executable), *arguments]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def _runtime(name: str) -> str:

@@ -3,10 +3,13 @@
 import functools
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import emulate
+import numpy as np
+
+Results = Sequence[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,18 @@ def build(
     path = folder / f"{op}_faults_{zlib.crc32(text.encode()):08x}.cu"  # another text, another build
     path.write_text(text)
     return str(emulate.build(f"{op}-faults", [path, emulate.EXPORTS], sanitizer))
+
+
+def differs(pairs: Iterable[tuple[Results, Callable[[], Results]]]) -> bool:
+    """Whether, in any pair, the emulator reports an error or a bit is another: the sound results, what runs a copy."""
+    for sound, run in pairs:
+        try:
+            results = run()
+        except RuntimeError:
+            return True
+        if any((x.view(np.uint8) != y.view(np.uint8)).any() for x, y in zip(sound, results, strict=True)):
+            return True
+    return False
 
 
 def sanitizer_notices(fault: Fault, script: str, *arguments: str) -> str:

@@ -3,6 +3,8 @@
 import ctypes
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import attention_cases
 import attention_faults
@@ -93,7 +95,7 @@ def check(library: ctypes.CDLL, case: Case) -> None:
         got = (out[part], lse[part[0], :, part[1]], grad_qkv[part])
         for name, x, exact, other, times in zip(("out", "lse", "grad"), got, truth, same, (2, 2, 3), strict=True):
             error, peer = ((y.double() - exact).abs().max().item() for y in (x, other))
-            most = times * peer + torch.finfo(other.dtype).eps * exact.abs().max().item()
+            most = times * peer + torch.finfo(other.dtype).eps / 2 * exact.abs().max().item()
             print(f"{name} {tuple(x.shape)}: error {error:.2e}, PyTorch's {peer:.2e}")
             assert error <= most, (case, name, error, peer)  # NaN fails too
 
@@ -271,28 +273,22 @@ def test_planted_fault_is_noticed(library, fault: Fault):
         arguments = (attention_cases.__file__, built, fault.case, f"--entry={entry}")
         assert not planted.sanitizer_notices(fault, *arguments)
         return
-    assert differs(library, built, entry)
+    assert planted.differs(pairs(library, built, entry))
 
 
 def test_nothing_planted_nothing_noticed(library):
     faults, built = attention_faults.build("")
-    assert not differs(library, built, f"fault_{faults.index(SOUND)}_attention")
+    assert not planted.differs(pairs(library, built, f"fault_{faults.index(SOUND)}_attention"))
 
 
-def differs(library: ctypes.CDLL, built: str, entry: str) -> bool:
-    """Whether the emulator reports an error or any bit is another, in one of a few cases, threads up or down."""
+def pairs(library: ctypes.CDLL, built: str, entry: str) -> Iterator[tuple[planted.Results, Callable]]:
+    """A few cases, threads up or down."""
     copy = emulate.load(built)
     for name in ("short", "three", "chunks", "ragged", "steep"):
         sound = attention_cases.run(library, CASES[name])
         assert all(tensor(x, CASES[name]).isfinite().all() for x in (sound[0], sound[2]))
         for seed in (0, 1):
-            try:
-                results = attention_cases.run(copy, CASES[name], seed, entry)
-            except RuntimeError:
-                return True
-            if any((x.view(np.uint8) != y.view(np.uint8)).any() for x, y in zip(sound, results, strict=True)):
-                return True
-    return False
+            yield sound, partial(attention_cases.run, copy, CASES[name], seed, entry)
 
 
 @pytest.mark.skipif(bool(emulate.no_nvcc()), reason=emulate.no_nvcc())

@@ -5,6 +5,10 @@ What they mean is tested by tests/ops/test_<op>.py, which run them as one more i
 
 import ctypes
 import re
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import emulate
 import numpy as np
@@ -28,7 +32,7 @@ MOST_REGISTERS = {"noisy_patches": 40, "denoising_loss": 64}  # 48 and 32 warps 
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    return emulate.load(emulate.build("visible", emulate.VISIBLE))
+    return emulate.load_ops()
 
 
 def store_and_batch(case: Case) -> tuple[mk.Store, mk.Batch, dict[str, torch.Tensor]]:
@@ -176,15 +180,28 @@ def test_backward_refuses(library, change: dict[str, int], code: int):
 def test_slots():
     """A stream keeps its counter; their number is the library's."""
     cpu = torch.device("cpu")
-    assert cuda._slot(cpu) == cuda._slot(cpu) != cuda._slot(torch.device("cpu", 1))
+    assert cuda.slot(cpu) == cuda.slot(cpu) != cuda.slot(torch.device("cpu", 1))
     header = (emulate.ROOT / "csrc" / "maskdiff_kernels.h").read_text()
     assert re.findall(r"#define MASKDIFF_CUDA_SLOTS (\d+)", header) == [str(cuda.SLOTS)] == [str(visible_cases.SLOTS)]
+
+
+def test_launches_that_may_run_side_by_side_share_no_slot(monkeypatch):
+    """With stand-ins for a GPU's streams: those of one stream share one, those that a graph captures share none."""
+    stream, capturing, gpu = SimpleNamespace(cuda_stream=1), False, torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    first, again = (cuda._slot(gpu) for _ in range(2))
+    capturing = True
+    captured = [cuda._slot(gpu) for _ in range(3)]
+    capturing, stream = False, SimpleNamespace(cuda_stream=2)
+    assert first == again and len({first, *captured, cuda._slot(gpu)}) == 5
 
 
 def test_slots_end(monkeypatch):
     monkeypatch.setattr(cuda, "_fresh", iter([cuda.SLOTS]))
     with pytest.raises(RuntimeError, match="captured in graphs 16384 times"):
-        cuda._slot(torch.device("cpu", 2))
+        cuda.slot(torch.device("cpu", 2))
 
 
 @pytest.mark.parametrize(("sanitizer", "names"), [("address", tuple(CASES)), ("thread", ("twelve",))])
@@ -205,28 +222,22 @@ def test_planted_fault_is_noticed(library, fault: Fault):
         arguments = (visible_cases.__file__, built, fault.case, f"--entry={prefix}")
         assert not planted.sanitizer_notices(fault, *arguments)
         return
-    assert differs(library, built, prefix)
+    assert planted.differs(pairs(library, built, prefix))
 
 
 def test_nothing_planted_nothing_noticed(library):
     faults, built = visible_faults.build("")
-    assert not differs(library, built, f"fault_{faults.index(SOUND)}_")
+    assert not planted.differs(pairs(library, built, f"fault_{faults.index(SOUND)}_"))
 
 
-def differs(library: ctypes.CDLL, built: str, prefix: str) -> bool:
-    """Whether the emulator reports an error or any bit is another, in one of a few cases, threads up or down."""
+def pairs(library: ctypes.CDLL, built: str, prefix: str) -> Iterator[tuple[planted.Results, Callable]]:
+    """A few cases, threads up or down."""
     copy = emulate.load(built)
-    for name in ("odd", "fours", "long", "ragged", "slots", "unaligned", "gap", "turns"):
+    for name in ("odd", "fours", "long", "ragged", "slots", "unaligned", "gap", "turns", "crowd"):
         for op in (visible_cases.noisy_patches, visible_cases.denoising_loss):
             sound = op(library, CASES[name])
             for order in (0, 1):
-                try:
-                    results = op(copy, CASES[name], order, prefix)
-                except RuntimeError:
-                    return True
-                if any((x.view(np.uint8) != y.view(np.uint8)).any() for x, y in zip(sound, results, strict=True)):
-                    return True
-    return False
+                yield sound, partial(op, copy, CASES[name], order, prefix)
 
 
 @pytest.mark.skipif(bool(emulate.no_nvcc()), reason=emulate.no_nvcc())

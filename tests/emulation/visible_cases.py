@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from conformance import Cuda, Host, run_cases, set_up
+from conformance import BF16, FP16, FP32, Cuda, Host, as_dtype, run_cases, set_up
 
-FP32, BF16, FP16 = 0, 1, 2  # maskdiff_dtype
 TARGETS = ("eps", "x0", "v")  # maskdiff_target
 TIMESTEPS, IMAGES, SLOTS = 5, 3, 16384
 ARRAYS = "patches slots n image_ids keep_ids cu_patches flip timestep alpha_sigma seed".split()
@@ -79,9 +78,8 @@ class Case:
         then those of the samples' losses, every second of them, from place 1 on."""
         random = np.random.default_rng(self.size)
         x = random.standard_normal((sum(self.counts), self.size), np.float32)
-        halves = x.astype(np.float16).view(np.uint16) if self.dtype == FP16 else (x.view(np.uint32) >> 16)
         weight, grads = np.linspace(0.5, 4, TIMESTEPS), random.standard_normal(2 * len(self.counts), np.float32)
-        return x if self.dtype == FP32 else halves.astype(np.uint16), weight.astype(np.float32), grads
+        return as_dtype(x, self.dtype), weight.astype(np.float32), grads
 
     def put(self, memory: Host | Cuda, arrays: dict[str, np.ndarray]) -> tuple[Samples, dict[str, ctypes.c_void_p]]:
         pointers = {name: memory.put(array) for name, array in arrays.items()}
@@ -193,6 +191,7 @@ CASES = {
     "long": Case((420,), patch=2, grid=(21, 20), dtype=BF16, target="eps"),
     "many": Case((36,) * 2, patch=8, grid=(6, 6)),
     "turns": Case((6,), patch=64, grid=(2, 3), dtype=BF16),
+    "crowd": Case((1,) * 300, patch=1, channels=1),
     "empty": Case((0, 0), ragged=True),
     "gap": Case((2,) * 2, gap=1, target="eps"),
     "plain": Case((9,) * 2, noisy=False, dtype=BF16),

@@ -42,6 +42,7 @@ FAULTS = (
     Fault("arrivals not counted", LOSS, "ptx::last_to_arrive(counters + scored.slot, blocks);", "b == 0;"),
     Fault("counter of more blocks", LOSS, "(samples.batch) * parts;", "(samples.batch) * parts + 1;"),
     Fault("mean over the parts", LOSS, "<double>(samples.batch)", "<double>(samples.batch * parts)"),
+    Fault("samples beyond the threads not finished", LOSS, "b += kThreads", "b += samples.batch"),
     Fault("another sample's gradient", LOSS, "[b * s.grad_stride]", "[b]"),
     Fault("mean's gradient not shared out", LOSS, "*s.grad_mean / static_cast<float>(s.batch)", "*s.grad_mean"),
     Fault("sum stored after the arrival", LOSS, SUM + ARRIVAL, ARRIVAL + SUM, 0, "thread", "twelve"),

@@ -6,7 +6,6 @@ imported. The interpreter is slow and wrong for products of bfloat16, so it gets
 
 import math
 import mmap
-import os
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from attention_truth import attend, both, check, offsets, random
 from torch import Tensor
 from torch.library import opcheck
 
-from maskdiff_kernels.ops.attention import triton_host
+from maskdiff_kernels import triton_package
+from maskdiff_kernels.triton_package import INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ALL = [1, 2, 15, 16, 17, *range(25, 34), 49, *range(63, 67), 77, 100, *range(127, 131), 144, 196, *range(255, 259), 417]
 MIXES = [[0, 5, 0, 33, 1, 0, 17], [27] * 3, [3, 2, 140, 4, 1], [2, 65, 64, 0, 66], [0, 0], []]
@@ -34,19 +33,6 @@ if INTERPRETED:
         (torch.float32, 128): [16, 17, 33],
     }
 DTYPES = sorted({dtype for dtype, _ in LENGTHS}, key=str)
-
-
-if INTERPRETED:
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor_for_new_numpy(tensor, scope) -> None:
-        """Triton 3.6 takes int() of arrays of one number, which NumPy has refused since 2.4."""
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_tensor_for_new_numpy
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -208,4 +194,4 @@ def test_opcheck(lengths):
 
 
 def test_it_is_there():
-    assert triton_host.load().startswith("Triton 3.")
+    assert triton_package.load().startswith("Triton 3.")

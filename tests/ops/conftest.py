@@ -9,16 +9,36 @@ from pathlib import Path
 import emulate
 import pytest
 import torch
+from apex_stand_in import apex_on_cpu
 from placing import here
 from torch import Tensor
 
 import maskdiff_kernels as mk
 from maskdiff_kernels import dispatch, library
+from maskdiff_kernels.triton_package import INTERPRETED
 
 TIMESTEPS = 50
-ON_CUDA, EMULATOR = "on-cuda", "emulated"
-EMULATED = ("noisy_patches", "denoising_loss")  # ops whose CUDA kernels run here too, in the emulator
+ON_CUDA, EMULATOR, STAND_IN = "on-cuda", "emulated", "stand-in"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products on a GPU take
+
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    patch_tensor, convert_float = interpreter._patch_lang_tensor, interpreter._convert_float
+
+    def patch_tensor_for_new_numpy(tensor, scope) -> None:
+        """Triton 3.6 takes int() of arrays of one number, which NumPy has refused since 2.4."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def round_to_nearest(values, from_dtype, to_dtype, mode):
+        """Triton 3.6 cuts the last bits of float32 off to make it bfloat16; kernels on a GPU round."""
+        if (str(from_dtype), str(to_dtype)) != ("fp32", "bf16"):
+            return convert_float(values, from_dtype, to_dtype, mode)
+        return torch.tensor(values).bfloat16().view(torch.uint16).numpy()
+
+    interpreter._patch_lang_tensor, interpreter._convert_float = patch_tensor_for_new_numpy, round_to_nearest
 
 
 @pytest.fixture(params=library.cpu_levels())
@@ -33,8 +53,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" in metafunc.fixturenames:
         path = metafunc.definition.path
         found = implementations(backends_of(path))
-        if path.stem.removeprefix("test_") in EMULATED and not emulate.no_emulator():
+        if path.stem.removeprefix("test_") in emulate.OPS and not emulate.no_emulator():
             found.append(f"cuda-{EMULATOR}")
+        if "apex" in backends_of(path):
+            found.append(f"apex-{STAND_IN}")
         metafunc.parametrize("implementation", found, indirect=True)
 
 
@@ -71,6 +93,9 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     elif where == EMULATOR:
         with cuda_on_cpu():
             yield backend
+    elif where == STAND_IN:
+        with apex_on_cpu():
+            yield backend
     else:
         with library.use_cpu_level(where or library.cpu_level()):
             yield backend
@@ -79,11 +104,10 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 @contextmanager
 def cuda_on_cpu() -> Iterator[None]:
     """Lets the implementations "cuda" run on CPU tensors, by the emulated library."""
-    emulated = emulate.load(emulate.build("visible", emulate.VISIBLE))
-    emulated.maskdiff_cuda_error_text = emulated.wrapper_error
+    emulated = emulate.load_ops()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "cuda", lambda: emulated)
-        for op in EMULATED:
+        for op in emulate.OPS:
             cuda = dataclasses.replace(dispatch._OPS[op]["cuda"], devices=("cpu",), load=lambda: "emulated")
             patch.setitem(dispatch._OPS[op], "cuda", cuda)
         dispatch._choice.cache_clear()

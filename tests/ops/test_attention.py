@@ -17,8 +17,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskdiff_kernels as mk
-from maskdiff_kernels import dispatch, library
-from maskdiff_kernels.ops.attention import cpp, cuda, triton_host, xformers
+from maskdiff_kernels import dispatch, library, triton_package
+from maskdiff_kernels.ops.attention import cpp, cuda, xformers
 from maskdiff_kernels.ops.attention import op as attention_op
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -439,12 +439,14 @@ def test_where_cuda_cannot_another_runs(monkeypatch, there):
 
     monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "choice", lambda op, device, backend, length: "cuda")
-    monkeypatch.setattr(triton_host, "load", load)
+    monkeypatch.setattr(triton_package, "load", load)
     monkeypatch.setattr(attention_op, "_where_cuda_cannot", attention_op._where_cuda_cannot.__wrapped__)
     short, long = random(1, 5, 3, 2, 64, dtype=torch.bfloat16), random(1, 300, 3, 2, 64, dtype=torch.bfloat16)
     chosen = [attention_op._choice(x, x.shape[1], "auto") for x in (short, long, short.float())]
     assert chosen == ["cuda", *["triton" if there else "sdpa"] * 2]
     assert attention_op._choice(long, 300, "cuda") == "cuda"
+    monkeypatch.setenv("MASKDIFF_KERNELS", "cuda")
+    assert attention_op._choice(long, 300, "auto") == "cuda"
     with pytest.raises(ValueError, match="^backend: 'cuda' of attention takes at most 288 tokens, not 300"):
         cuda.run(long, None, None, 0.125)
 

@@ -6,41 +6,31 @@ Whether triton interprets or compiles is settled as it is imported, so the cases
 import functools
 import itertools
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+import triton_compiled
+from triton_compiled import SHARED, instructions, resources, run_cases
 
-from maskdiff_kernels import dispatch, library
+from maskdiff_kernels import dispatch, library, triton_package
 from maskdiff_kernels.ops.attention import op, triton_host
 from maskdiff_kernels.ops.attention.triton_host import ANY, BACKWARD, FORWARD, Tile
 
 pytest.importorskip("triton")
 CASES = Path(__file__).with_name("attention_triton_cases.py")
-SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB that a block may have: CUDA C++ Programming Guide, 20.2
 NAMES = {2: ("bf16", "fp16"), 4: ("fp32",)}
 TABLES = {"forward": FORWARD, "backward": BACKWARD}
 
 
-def run_cases(**environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", str(CASES)]
-    paths = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths} | environment, capture_output=True, text=True)
-    assert done.returncode == 0 and re.search(r"\d+ passed", done.stdout), done.stdout + done.stderr
-    assert "skipped" not in done.stdout
-
-
 def test_in_the_interpreter():
-    run_cases(TRITON_INTERPRET="1")
+    run_cases(CASES, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu():
-    run_cases(TRITON_INTERPRET="0")
+    run_cases(CASES, TRITON_INTERPRET="0")
 
 
 # ---- compiled without a GPU ----
@@ -49,43 +39,17 @@ def test_on_a_gpu():
 @functools.cache
 def compiled(kernel: str, dtype: str, width: int, most: int, target: tuple[str, int, int], ragged: bool):
     """A kernel as triton_host launches it for a dense qkv with sequences to `most` tokens."""
-    from triton import compile as triton_compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     tile: Tile = TABLES[kernel][width, 4 if dtype == "fp32" else 2][most]
-    function = getattr(triton_host.kernels(), kernel)
+    function = getattr(triton_package.kernels("attention"), kernel)
     constants = {"D": width, "BLOCK": tile.block, "STEP": tile.step, "ONE": most < ANY}
-    if not ragged:
-        constants["cu_seqlens"] = None
-    pointers = {name: f"*{dtype}" for name in ("qkv", "out", "grad_out", "grad_qkv")}
-    types = dict.fromkeys(constants, "constexpr") | pointers | {"lse": "*fp32", "scale": "fp32"}
+    types = {name: f"*{dtype}" for name in ("qkv", "out", "grad_out", "grad_qkv")} | {"lse": "*fp32", "scale": "fp32"}
     if ragged:
         types["cu_seqlens"] = "*i32"
-    names = function.arg_names
-    signature = {name: types.get(name, "i32") for name in names}
-    aligned = [name for name in names if signature[name][0] == "*" or name.endswith("stride")]
-    source = ASTSource(
-        function,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    return triton_compile(
-        source, target=GPUTarget(*target), options={"num_warps": tile.warps, "num_stages": tile.stages}
-    )
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread (REG), bytes of its stack (STACK; spilled registers lie there), and more."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", said)}
+    else:
+        constants["cu_seqlens"] = None
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    aligned = [name for name in function.arg_names if name.endswith("stride")]
+    return triton_compiled.compiled(function, types, constants, options, target, aligned)
 
 
 def variants() -> list[tuple]:
@@ -118,9 +82,9 @@ def test_compiles_without_spilling(kernel, arch):
             spilling.append((dtype, width, most, ragged, used))
         assert binary.metadata.shared <= SHARED[arch] * 1024
         assert binary.metadata.global_scratch_size == 0
-        instructions = set(re.findall(r"^\s+(?:@%\w+ )?(\w+)\.", binary.asm["ptx"], re.MULTILINE))
-        assert instructions & {"ld", "st"} and not instructions & {"atom", "red"}
-        assert bool(instructions & {"mma", "wgmma", "tcgen05"}) == (dtype != "fp32")  # float32 products are float32's
+        used = instructions(binary)
+        assert used & {"ld", "st"} and not used & {"atom", "red"}
+        assert bool(used & {"mma", "wgmma", "tcgen05"}) == (dtype != "fp32")  # float32 products are float32's
     assert spilling == []
 
 
@@ -144,7 +108,7 @@ def test_every_kernel_is_compiled():
 
 def test_a_length_compiles_nothing_new():
     for kernel in TABLES:
-        parameters = getattr(triton_host.kernels(), kernel).params
+        parameters = getattr(triton_package.kernels("attention"), kernel).params
         assert {p.name for p in parameters if p.do_not_specialize} == {"length", "tokens", "heads"}
 
 
@@ -166,19 +130,20 @@ def test_tiles():
 
 
 def test_why_it_cannot_run(monkeypatch):
-    triton_host.kernels.cache_clear()
+    triton_package.version.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(library.LibraryError, match=r"^Triton 3\.\d+\.\d+ is there, but PyTorch sees no CUDA device"):
-        triton_host.load()
+        triton_package.load()
     monkeypatch.setattr("triton.__version__", "3.4.0")
-    triton_host.kernels.cache_clear()
+    triton_package.version.cache_clear()
     with pytest.raises(library.LibraryError, match=r"^triton is 3.4.0, the kernels need 3.5: pip install"):
-        triton_host.load()
+        triton_package.load()
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(library.LibraryError, match=r"^triton is not there .*: pip install 'triton>=3.5'"):
-        triton_host.load()
-    able, reason = dispatch.backends("attention")["triton"]
-    assert not able and reason.startswith("triton is not there")
+        triton_package.load()
+    for op_name in ("attention", "draw_batch", "noisy_patches", "denoising_loss"):
+        able, reason = dispatch.backends(op_name)["triton"]
+        assert not able and reason.startswith("triton is not there")
     assert op._where_cuda_cannot.__wrapped__() == "sdpa"
     monkeypatch.undo()
-    triton_host.kernels.cache_clear()
+    triton_package.version.cache_clear()

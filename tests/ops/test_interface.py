@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +68,27 @@ def test_codes_are_those_of_the_header():
         expected |= {str(key).removeprefix("torch.").upper(): code for key, code in table.items()}
     assert {name: codes.get(name) for name in expected} == expected
     assert int(re.search(r"MASKDIFF_ABI (\d+)", HEADER.read_text())[1]) == library.ABI
+
+
+def test_a_launch_goes_to_the_device_and_its_current_stream(monkeypatch):
+    """With stand-ins for the CUDA library and for the streams."""
+    calls: list[tuple] = []
+    codes = iter((0, structs.BAD_RANGE, 1002))
+    known = SimpleNamespace(
+        entry=lambda *given: calls.append(given) or next(codes),
+        maskdiff_cuda_error_text=lambda code: f"CUDA's error {code - 1000}".encode(),
+    )
+    monkeypatch.setattr(library, "cuda", lambda: known)
+    handles = {torch.device("cuda", 1): 2**40 + 1, torch.device("cuda", 2): 2**40 + 2}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=handles[device]))
+    structs.call_cuda("entry", torch.device("cuda", 1), 7, 8)
+    with pytest.raises(RuntimeError, match="^entry: error 1$"):
+        structs.call_cuda("entry", torch.device("cuda", 2))
+    with pytest.raises(RuntimeError, match="^entry: CUDA's error 2$"):
+        structs.call_cuda("entry", torch.device("cpu"))  # the emulator's only stream
+    assert [given[:-1] for given in calls] == [(7, 8, 1), (2,), (0,)]
+    assert all(isinstance(given[-1], ctypes.c_void_p) for given in calls)  # a number would be cut to 32 bits
+    assert [given[-1].value for given in calls] == [2**40 + 1, 2**40 + 2, None]
 
 
 # ---- levels ----
@@ -199,6 +222,8 @@ def test_choice(monkeypatch):
         if "cuda" in backends:
             able, reason = backends.pop("cuda")
             assert able or re.search("the CUDA kernels were not built|is stale|sees no CUDA device", reason)
+        able, reason = backends.pop("triton")
+        assert able or re.search("triton is not there|sees no CUDA device", reason)
         assert backends == {
             "cpp": (True, f"C++, {mk.cpu_level()}"),
             "reference": (True, "plain PyTorch, any device"),
@@ -211,6 +236,51 @@ def test_choice(monkeypatch):
         draw()
     with pytest.raises(ValueError, match="^op: got 'sum', takes one of adamw_ema, attention, draw_batch"):
         mk.backends("sum")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_choice_by_op(monkeypatch):
+    """MASKDIFF_KERNELS may name ops; `using` comes before it, an argument before both."""
+    monkeypatch.setenv("MASKDIFF_KERNELS", "attention=sdpa, adamw_ema=torch")
+    found = {"adamw_ema": "torch", "attention": "sdpa", **dict.fromkeys(OPS, "cpp")}
+    assert mk.chosen("cpu") == found
+    with mk.using(attention="explicit", draw_batch="reference"):
+        assert mk.chosen("cpu") == {**found, "attention": "explicit", "draw_batch": "reference"}
+        assert dispatch.choice("attention", "cpu", "cpp") == "cpp"
+        with mk.using(attention="auto"):
+            assert mk.chosen("cpu") == {**found, "attention": "cpp", "draw_batch": "reference"}
+        with pytest.raises(KeyError), mk.using(attention="cpp"):
+            raise KeyError
+        assert dispatch.choice("attention", "cpu") == "explicit"
+    assert mk.chosen("cpu") == found
+    for text, op in (("atention=sdpa", "atention"), ("attention=sdpa,cpp", "cpp"), ("attention=sdpa,", "")):
+        monkeypatch.setenv("MASKDIFF_KERNELS", text)
+        with pytest.raises(ValueError, match=f"^MASKDIFF_KERNELS: got '{op}' in '{text}', takes a name, or OP=NAME"):
+            draw()
+    monkeypatch.setenv("MASKDIFF_KERNELS", "attention=fast")
+    assert len(draw().n) == 4
+    with pytest.raises(ValueError, match="^MASKDIFF_KERNELS: got 'fast', attention takes auto or one of cuda, cpp"):
+        dispatch.choice("attention", "cpu")
+    with pytest.raises(ValueError, match="^using: got 'cp', draw_batch takes auto"), mk.using(draw_batch="cp"):
+        pass
+    with pytest.raises(ValueError, match="^op: got 'draw', takes one of"), mk.using(draw="cpp"):
+        pass
+    with mk.using(attention="cuda"), pytest.raises(ValueError, match="^using: 'cuda' of attention takes cuda tensors"):
+        dispatch.choice("attention", "cpu")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_using_holds_where_the_backward_runs(monkeypatch):
+    monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
+    ran = []
+    run = explicit.run_backward
+    monkeypatch.setattr(explicit, "run_backward", lambda *arguments: (ran.append("explicit"), run(*arguments))[1])
+    qkv = torch.randn(2, 5, 3, 1, 32, requires_grad=True)
+    with mk.using(attention="explicit"):
+        thread = threading.Thread(target=lambda: mk.attention(qkv).sum().backward())
+        thread.start()
+        thread.join()
+    assert ran == ["explicit"]
 
 
 def test_the_committed_table_is_sound():

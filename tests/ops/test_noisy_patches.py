@@ -277,6 +277,12 @@ def test_pinned_memory_is_read_by_cuda_alone(monkeypatch):
     assert on_gpus.choice("noisy_patches", near, "auto") == "reference"  # too old a GPU
     with pytest.raises(ValueError, match="^backend: 'cuda' of noisy_patches needs compute capability 8.0, this is 7.5"):
         on_gpus.cuda_struct("noisy_patches", near)
+    monkeypatch.setenv("MASKDIFF_KERNELS", "cuda")
+    assert on_gpus.choice("noisy_patches", near, "auto") == "cuda"  # asked for
+    monkeypatch.setenv("MASKDIFF_KERNELS", "reference")
+    monkeypatch.setattr(dispatch, "choice", lambda op, device, backend: "reference" if backend == "auto" else backend)
+    with pytest.raises(ValueError, match=message):
+        on_gpus.choice("noisy_patches", pinned, "auto")
 
 
 def test_only_pinned_memory_may_stay_on_the_host(make_store, make_batch, alpha_sigma, seed):

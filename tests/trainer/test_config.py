@@ -20,6 +20,7 @@ from maskdiff.config import (
 )
 from maskdiff.errors import UserError
 from maskdiff.options import FREE_ON_RESUME, parse
+from maskdiff_kernels import PowerEma
 
 
 def resolve(argv: list[str]) -> Config:
@@ -85,6 +86,26 @@ def test_toml_file(tmp_path):
 
 def test_data_is_short_for_data_path():
     assert resolve(["--data", "digits"]).data.path == resolve(["--data.path", "digits"]).data.path == "digits"
+
+
+def test_optimizer_is_short_for_optim_optimizer(tmp_path):
+    assert resolve(["--optimizer", "apex"]).optim.optimizer == "apex"
+    assert resolve(["--optim.optimizer", "torch", "--optimizer=cpp"]).optim.optimizer == "cpp"
+    assert "did you mean --optimizer?" in error_of(["--optimiser", "apex"])
+    assert "it takes one of auto, cpp" in error_of(["--optimizer", "lion"])
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "config.json", config_to_dict(resolve([])))
+    assert resolve(["--resume", "run", "--optimizer", "torch"]).optim.optimizer == "torch"
+
+
+def test_averages_are_decays_or_widths():
+    assert resolve([]).optim.averages() == [presets.get("faces32").optim.ema]
+    optim = resolve(["--optim.ema", "0.99", "--optim.ema2", "power:0.1"]).optim
+    assert (optim.ema, optim.ema2) == (0.99, "power:0.1")
+    decay, power = optim.averages()
+    assert decay == 0.99 and isinstance(power, PowerEma) and power.sigma_rel == pytest.approx(0.1)
+    assert resolve(["--optim.ema2", "none"]).optim.ema2 is None
+    assert OptimConfig(ema="0.5").averages() == [0.5]  # as an environment may write it
 
 
 def test_run_folders_are_numbered(tmp_path):
@@ -203,9 +224,9 @@ def test_saved_configuration_starts_the_same_run(tmp_path):
 
 
 OTHER = {
-    "preset": "digits", "out": "o", "seed": 1, "max_steps": 9, "precision": "fp32", "device": "cpu", "init": "i",
-    "init_weights": "ema", "checkpoint_every": 2, "keep_checkpoints": 3, "heldout_every": 4, "sample_every": 5,
-    "sample_count": 6, "sample_steps": 7, "guidance": 8.5, "probe_steps": 9,
+    "preset": "digits", "out": "o", "seed": 1, "max_steps": 9, "precision": "fp32", "device": "cpu", "capture": "off",
+    "compile": True, "init": "i", "init_weights": "ema", "checkpoint_every": 2, "keep_checkpoints": 3,
+    "heldout_every": 4, "sample_every": 5, "sample_count": 6, "sample_steps": 7, "guidance": 8.5, "probe_steps": 9,
     "data": {"path": "p", "labels": True, "label_dropout": 0.5, "flip": 0.5, "background": "red", "heldout": 0.5},
     "model": {
         "image_size": 30, "channels": 1, "patch": 5, "width": 24, "blocks": 7, "heads": 3, "mlp_ratio": 2.0,
@@ -214,7 +235,10 @@ OTHER = {
     "diffusion": {
         "schedule": "shifted-cosine", "shift": 2.0, "timesteps": 99, "target": "x0", "min_snr": None, "v_loss": 4.0,
     },
-    "optim": {"betas": [0.5, 0.6], "eps": 0.1, "weight_decay": 0.2, "decay_all": True, "ema": 0.3},
+    "optim": {
+        "betas": [0.5, 0.6], "eps": 0.1, "weight_decay": 0.2, "decay_all": True, "ema": 0.3, "ema2": "power:0.1",
+        "optimizer": "torch",
+    },
     "stages": [
         {
             "mask": "patch:0.5", "steps": 3, "minutes": 4.0, "batch": 5, "tokens": 6, "lr": 7.0, "warmup": 8,
@@ -323,13 +347,17 @@ def test_presets_are_valid(name):
         (["--stages.1.cool", "2"], ["stages.1.cool is 2"]),
         (["--stages.1.cool", "0.5", "--stages.1.decay", "cosine"], ["decay cosine and cool 0.5"]),
         (["--preset", "emoji32"], ["no images of its own", "--data"]),
+        (["--optim.ema", "power:nan"], ["optim.ema is power:nan", "power:0.1"]),
+        (["--optim.ema2", "power:0.3"], ["optim.ema2 is power:0.3", "at most 0.2887"]),
+        (["--optim.ema2", "power:"], ["optim.ema2 is power:;", "power:0.1"]),
+        (["--optim.ema2", "pow:0.1"], ["optim.ema2 is pow:0.1", "power:0.1"]),
         (["--max-steps", "0"], ["max_steps is 0", "1 or more"]),
         (["--keep-checkpoints", "0"], ["keep_checkpoints is 0"]),
         (["--sample-steps", "1001"], ["sample_steps is 1001", "1000"]),
         (["--data.flip", "1.5"], ["data.flip is 1.5"]),
         (["--data.label-dropout", "1"], ["data.label_dropout is 1"]),
         (["--optim.betas", "0.9", "1"], ["optim.betas"]),
-        (["--optim.ema", "1"], ["optim.ema is 1"]),
+        (["--optim.ema", "1"], ["optim.ema is 1.0", "from 0 to below 1", "power:0.1"]),
     ],
 )
 def test_what_cannot_work(argv, words):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import maskdiff_kernels
 from maskdiff.baselines import PlainUViT
@@ -359,3 +360,20 @@ def test_wrong_inputs_are_named():
         model.predict(torch.randn(1, 3, 16, 16), t[:1])
     with pytest.raises(ValueError, match=r"labels must be \[B, 2\]"):
         UViT(CONFIGS["labelled"])(x, t, LABELS[:, :1])
+
+
+def test_compiled_blocks_are_the_same_and_compiled_once_for_all_rates():
+    config = dataclasses.replace(CONFIGS["plain"], blocks=7)
+    model, compiled = shaken(config), shaken(config)
+    forms = CompileCounterWithBackend("aot_eager")
+    compiled.compile_blocks(forms)
+    counts = []
+    for visible in (None, 32, 7, 1):
+        x, t, _, ids = inputs(config, visible)
+        ours, theirs = (gradients(m, m(x, t, None, ids), x) for m in (compiled, model))
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value)
+        counts.append(forms.frame_count)
+    assert 0 < counts[0] < config.blocks  # blocks alike share a form
+    assert counts == [counts[0]] * len(counts)
+    assert list(compiled.state_dict()) == list(model.state_dict())

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from maskdiff import optim
 from maskdiff.config import OptimConfig
-from maskdiff.optim import FlatState, Hyper, adamw_ema
+from maskdiff.errors import UserError
+from maskdiff.optim import FlatState, Hyper, kernels
 
 
 class Net(nn.Module):
@@ -20,6 +22,11 @@ class Net(nn.Module):
     def forward(self, x):
         hidden = self.inner((x + self.table).to(self.inner.weight.dtype))
         return self.head(self.norm(hidden.float()).to(self.head.weight.dtype)).float()
+
+
+def adamw_ema(state, grads, hyper):
+    state.tell(hyper)
+    return optim.adamw_ema(state, grads)
 
 
 def backward(model, seed):
@@ -80,7 +87,7 @@ def test_a_gradient_below_the_bound_is_left_alone():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nonfinite_gradient_changes_nothing_but_the_count(bad, dtype):
+def test_nonfinite_gradient_changes_nothing(bad, dtype):
     state = FlatState(Net(), OptimConfig(), dtype)
     backward(state.model, 0)
     adamw_ema(state, state.gradients(), Hyper(1e-2, 1.0))
@@ -89,7 +96,7 @@ def test_nonfinite_gradient_changes_nothing_but_the_count(bad, dtype):
     grads = state.gradients()
     grads[-1].view(-1)[0] = bad
     _, skipped = adamw_ema(state, grads, Hyper(1e-2, 1.0))
-    assert skipped == 1 and state.step == 2
+    assert skipped == 1
     for name, tensor in state.tensors().items():
         assert torch.equal(tensor, before[name]), name
 
@@ -127,10 +134,72 @@ def test_kept_undoes_steps_exactly():
         backward(state.model, 0)
         adamw_ema(state, state.gradients(), Hyper(1e-1, None))
         state.sample += 4
+        state.made_step(2)
+        backward(state.model, 1)  # gradients that nothing has taken
+        assert (state.step, state.sample, int(state.next_sample)) == (1, 6, 4)
         assert not torch.equal(state.master, torch.zeros_like(state.master))
         assert any(not torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
-    assert (state.step, state.sample) == (0, 0)
+    assert (state.step, state.sample, int(state.next_sample)) == (0, 0, 0)
+    assert all(param.grad is None for param in state.params)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
+
+
+def test_two_averages_follow_each_in_its_way():
+    """The first by a power function of gamma 0, which is the mean; the second by a decay, from the first weights on."""
+    config = OptimConfig(ema="power:0.2886751345948128", ema2=0.05)  # 12^-0.5; young averages forget faster than 0.05
+    model = Net()
+    state = FlatState(model, config, torch.bfloat16)
+    start, masters = state.master.clone(), []
+    assert torch.equal(state.ema2, start) and "ema2.table" in state.tensors()
+    for step in range(3):
+        backward(model, step)
+        adamw_ema(state, state.gradients(), Hyper(1e-2, 1.0))
+        masters.append(state.master.clone())
+    torch.testing.assert_close(state.ema, torch.stack(masters).mean(0), rtol=1e-5, atol=1e-6)
+    second = start
+    for master in masters:
+        second = 0.05 * second + 0.95 * master
+    torch.testing.assert_close(state.ema2, second, rtol=1e-5, atol=1e-6)
+    before = state.ema2.clone()
+    with state.kept():
+        backward(model, 3)
+        adamw_ema(state, state.gradients(), Hyper(1e-2, 1.0))
+        assert not torch.equal(state.ema2, before)
+    assert torch.equal(state.ema2, before)
+    state.fresh()
+    assert torch.equal(state.ema2, state.master) and torch.equal(state.ema, state.master)
+
+
+def test_a_second_average_is_saved_and_taken_up():
+    config = OptimConfig(ema2="power:0.1")
+    state, other, one = (FlatState(Net(), options) for options in (config, config, OptimConfig()))
+    backward(state.model, 0)
+    adamw_ema(state, state.gradients(), Hyper(1e-2, None))
+    saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    other.load(saved)
+    assert torch.equal(other.ema2, state.ema2) and not torch.equal(state.ema2, state.ema)
+    for receiver, given in ((one, saved), (other, {k: v for k, v in saved.items() if not k.startswith("ema2.")})):
+        with pytest.raises(ValueError, match="ema2.head.weight is in one of them only"):
+            receiver.load(given)
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_the_configured_optimizer_runs(name, monkeypatch):
+    from maskdiff_kernels import dispatch
+
+    module, ran = dispatch._OPS["adamw_ema"][name].module, []
+    original = module.run
+    monkeypatch.setattr(module, "run", lambda update: ran.append(name) or original(update))
+    state = FlatState(Net(), OptimConfig(optimizer=name))
+    backward(state.model, 0)
+    adamw_ema(state, state.gradients(), Hyper(1e-2, None))
+    assert ran == [name]
+    assert kernels(state.config, torch.device("cpu"))["adamw_ema"] == name
+
+
+def test_an_optimizer_that_cannot_run_is_the_users_to_mend():
+    with pytest.raises(UserError, match="^optim.optimizer is apex: backend: 'apex' of adamw_ema takes cuda tensors"):
+        kernels(OptimConfig(optimizer="apex"), torch.device("cpu"))
 
 
 def test_fresh_resets_moments_and_ema_only():

@@ -280,6 +280,21 @@ def test_load_reads_runs(run):
     assert loaded.diffusion.config == loaded.config.diffusion
     with pytest.raises(UserError, match="no run"):
         maskdiff.load(folder.parent)
+    with pytest.raises(UserError, match="has no ema2 weights: it was trained without optim.ema2"):
+        maskdiff.load(folder, weights="ema2")
+    with pytest.raises(UserError, match="weights are 'ema', 'ema2' or 'raw', not 'ema3'"):
+        maskdiff.load(folder, weights="ema3")
+
+
+def test_the_second_average_of_a_run(tmp_path):
+    config = Config(model=ModelConfig(width=32, blocks=3, heads=1), optim=OptimConfig(ema2=0.5))
+    state = FlatState(UViT(config.model), config.optim)
+    state.ema2.normal_()
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint.save(tmp_path, 7, state.tensors(), {"sample": 56, "config": config_to_dict(config)}, keep=1)
+    loaded = dict(maskdiff.load(tmp_path, weights="ema2").named_parameters())
+    for segment in state.segments:
+        assert torch.equal(loaded[segment.name], segment.view(state.ema2))
 
 
 def test_initial_weights_come_from_runs_and_from_files(run, tmp_path):

@@ -333,3 +333,12 @@ def test_full_disk(run):
     message = the_error(ended.returncode, ended.stderr)
     assert "checkpoint not written, the earlier ones are kept" in message
     assert content(run / "checkpoints") == before
+
+
+def test_compile_without_a_compiler(fails, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with torch._inductor.utils.fresh_cache():
+        line = fails(*TINY, "--out", "run", "--compile")
+    assert "--compile" in line and "C++ compiler" in line and "no-such-compiler" in line
+    assert not Path("run").exists()

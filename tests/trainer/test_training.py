@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 import pytest
 import torch
 
-from maskdiff import checkpoint, flops, training
+from maskdiff import capture, checkpoint, flops, training
 from maskdiff.config import Config, ModelConfig, config_to_dict
 from maskdiff.errors import UserError
 from maskdiff.options import parse
@@ -40,7 +41,8 @@ def rows(run):
 
 def exact(run):
     """What must be the same bit for bit in a broken and an unbroken run: all but the times."""
-    return [{key: value for key, value in row.items() if key not in ("step_ms", "train_s")} for row in rows(run)]
+    timed = ("step_ms", "train_s", "retained")
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows(run)]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,22 @@ def test_log_has_an_object_a_step(unbroken):
 def test_stage_plan_tells_speed_and_ideal(unbroken):
     plans = json.loads((unbroken / "plans.json").read_text())
     assert plans["0"]["effective_rate"] == 0.75 and plans["0"]["ideal"] > 3 and plans["0"]["dense_ms"] > 0
-    assert plans["1"]["ideal"] == 1 and plans["1"]["speedup"] == 1
+    assert plans["1"]["ideal"] == 1 and plans["1"]["speedup"] == 1 and plans["1"]["retained"] is None
+    assert plans["0"]["retained"] == pytest.approx(plans["0"]["speedup"] / plans["0"]["ideal"])
+
+
+def test_the_log_has_the_retained_share_of_masked_steps(unbroken):
+    plan, log = json.loads((unbroken / "plans.json").read_text())["0"], rows(unbroken)
+    for row in log[:8]:
+        assert row["retained"] == pytest.approx(plan["dense_ms"] / row["step_ms"] / plan["ideal"], abs=1e-3)
+    assert all("retained" not in row for row in log[8:])
+
+
+def test_a_masked_stage_says_its_speed(tmp_path, capsys):
+    training.run(tiny(tmp_path / "run", "--stages", "patch:0.75 x2 b16 lr2e-3"))
+    captured = capsys.readouterr()
+    said = r"\d ms a step, \d+\.\d\dx faster than dense \(ideal 4\.42x, \d+% of it retained\)"
+    assert re.search(said, captured.out) and re.search(r"images/s, .*% of it retained\)", captured.err)
 
 
 def test_the_saved_configuration_starts_the_same_run(unbroken, tmp_path):
@@ -171,14 +188,14 @@ def test_other_images_are_an_error_on_resume(tmp_path):
 
 
 def test_lasting_nonfinite_gradients_stop_the_run(tmp_path, monkeypatch):
-    real = training.train_step
+    real = capture.train_step
 
     def poisoned(state, *rest):
         if state.step >= 4:
             state.model.head.weight.data.fill_(float("nan"))
         return real(state, *rest)
 
-    monkeypatch.setattr(training, "train_step", poisoned)
+    monkeypatch.setattr(capture, "train_step", poisoned)
     monkeypatch.setattr(training, "MAX_SKIPS", 3)
     with pytest.raises(UserError, match="3 steps in a row .* the last checkpoint is"):
         training.run(tiny(tmp_path / "run"))
@@ -265,3 +282,67 @@ def test_token_budget_sets_the_batch(tmp_path):
     out = tmp_path / "run"
     training.run(tiny(out, "--stages", "patch:0.75 x1 t360 lr2e-3"))
     assert rows(out)[0]["images_seen"] == 360 // 18
+
+
+def test_compile_is_for_the_blocks_of_the_run(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(training.UViT, "compile_blocks", lambda model: compiled.append(len(model.blocks)))
+    monkeypatch.setattr(training.precision, "check_compiler", lambda device: compiled.append(device.type))
+    training.run(tiny(tmp_path / "run", "--compile", "--max-steps", "1"))
+    assert compiled == ["cpu", 3]
+    assert checkpoint.load(checkpoint.latest(tmp_path / "run"))[1]["environment"]["compile"] is True
+
+
+# ---- averages, optimizer
+
+
+def without(values, *keys):
+    """A copy of a nested configuration as it was written before there were such keys of optim."""
+    return values | {"optim": {key: value for key, value in values["optim"].items() if key not in keys}}
+
+
+def test_two_averages_and_an_optimizer_by_name_resume_bit_for_bit(tmp_path, capsys):
+    words = (
+        "--optimizer",
+        "torch",
+        "--optim.ema",
+        "power:0.1",
+        "--optim.ema2",
+        "0.9",
+        "--stages",
+        "dense x6 b8 lr1e-3",
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    training.run(tiny(whole, *words))
+    training.run(dataclasses.replace(tiny(broken, *words), max_steps=3))
+    training.run(tiny(broken, *words), resume=True)
+    assert exact(whole) == exact(broken)
+    (ours, meta), (theirs, _) = (checkpoint.load(checkpoint.latest(run)) for run in (broken, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert any(name.startswith("ema2.") for name in ours)
+    assert meta["environment"]["kernels"]["adamw_ema"] == "torch"
+    config = tiny(broken, *words, "--optimizer", "reference")
+    capsys.readouterr()
+    training.run(dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], steps=7),)), resume=True)
+    assert "note: kernels was" in capsys.readouterr().out
+
+
+def test_a_checkpoint_from_before_there_were_two_averages_goes_on(unbroken, tmp_path):
+    out = tmp_path / "run"
+    training.run(dataclasses.replace(tiny(out), max_steps=5))
+    (out / "config.json").write_text(
+        json.dumps(without(json.loads((out / "config.json").read_text()), "ema2", "optimizer"))
+    )
+    tensors, meta = checkpoint.load(checkpoint.latest(out))
+    meta["config"] = without(meta["config"], "ema2", "optimizer")
+    checkpoint.save(out, 5, tensors, {key: meta[key] for key in meta if key not in ("format", "files", "hash")}, keep=1)
+    config = parse(["--resume", str(out), "--max-steps", "14"]).config
+    training.run(config, resume=True)
+    assert exact(out) == exact(unbroken)
+
+
+def test_an_optimizer_that_is_absent_is_said_before_data_are_made_ready(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.data, "prepare", None)
+    with pytest.raises(UserError, match="optim.optimizer is apex"):
+        training.run(tiny(tmp_path / "run", "--optimizer", "apex"))
+    assert not (tmp_path / "run").exists()

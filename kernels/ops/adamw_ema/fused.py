@@ -37,13 +37,19 @@ def run(u: Update) -> tuple[Tensor, Tensor]:
             grad_scale=scale,
             found_inf=skipped,
         )
-    seen = u.ema_step.double()
-    for ema, most in u.averages():
-        decay = torch.clamp((1 + seen) / (10 + seen), max=most)
-        ema.lerp_(u.master, ((1 - decay) * (1 - skipped)).float())
+    update_averages(u, skipped)
     if u.low is not None:
         u.low.copy_(u.master[: u.low.shape[0]])
     return norm, skipped
+
+
+def update_averages(
+    u: Update,
+    skipped: Tensor,  # [] float32: 1 where nothing is to change
+) -> None:
+    """Lets the averages follow the masters; `ema_step` counts this update already."""
+    for ema, decay in u.averages(u.ema_step):
+        ema.lerp_(u.master, ((1 - decay) * (1 - skipped)).float())
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:

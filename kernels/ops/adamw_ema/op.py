@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from maskdiff_kernels import dispatch
-from maskdiff_kernels.ops.adamw_ema import cpp, cuda, fused, reference
+from maskdiff_kernels.ops.adamw_ema import apex, cpp, cuda, fused, reference
+from maskdiff_kernels.ops.adamw_ema.averages import PowerEma
 from maskdiff_kernels.ops.adamw_ema.state import SCHEMA, AdamState, Update, flatten
 from maskdiff_kernels.ops.registration import registered
 
@@ -18,8 +19,8 @@ def adamw_ema(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    ema_decay: float,
-    ema2_decay: float = 0.0,
+    ema_decay: float | PowerEma,
+    ema2_decay: float | PowerEma = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # [] float32, [] float32
     """Clips the gradients to a bound on their common norm, updates the weights by AdamW, then what follows from them:
@@ -34,8 +35,8 @@ def adamw_ema(
         hyper: learning rate, and bound on the gradient norm: infinity for none.
         betas, eps, weight_decay: AdamW's. Decay is that of the learning rate times the weight.
         ema_decay, ema2_decay: final decays of the averages. A decay rises to it as (1 + k) / (10 + k), k the updates
-            that the average has seen, so that early averages are not stuck at the start.
-        backend: "auto", "cpp", "cuda", "torch" or "reference".
+            that the average has seen, so that early averages are not stuck at the start. Or a PowerEma.
+        backend: "auto", "cpp", "cuda", "torch", "apex" or "reference".
 
     Returns:
         - the norm of all gradients before clipping, [] float32.
@@ -43,7 +44,7 @@ def adamw_ema(
 
     Raises:
         TypeError, ValueError: an argument that does not fit, named, with what it got and what it takes.
-        LibraryError: the compiled kernels are missing or stale.
+        LibraryError: the compiled kernels are missing or stale; apex is missing.
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; the skip is PyTorch's `found_inf`.
     """
@@ -64,4 +65,4 @@ def _fake(*arguments):
 
 
 _adamw_ema = registered("adamw_ema", f"({SCHEMA}, str backend) -> (Tensor, Tensor)", _run, _fake)
-dispatch.register("adamw_ema", cpp=cpp, cuda=cuda, torch=fused, reference=reference)
+dispatch.register("adamw_ema", cpp=cpp, cuda=cuda, torch=fused, apex=apex, reference=reference)

@@ -25,8 +25,7 @@ def run(u: Update) -> tuple[Tensor, Tensor]:
         decayed = master * u.weight_decay if decays else 0
         for old, new in ((exp_avg, m), (exp_avg_sq, v), (master, master - lr * (step + decayed))):
             old.copy_(torch.where(finite, new, old))
-    for ema, most in u.averages():
-        decay = torch.clamp((1 + seen) / (10 + seen), max=most)
+    for ema, decay in u.averages(seen):
         keep, take = decay.to(dtype), (1 - decay).to(dtype)
         for old, master in zip(u.parts(ema), u.parts(u.master), strict=True):
             old.copy_(torch.where(finite, keep * old + take * master, old))

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from maskdiff_kernels.ops import checks
+from maskdiff_kernels.ops.adamw_ema.averages import NO_POWER, PowerEma, decay, numbers
 
 LOW = (torch.bfloat16, torch.float16)
 
 SCHEMA = (
     "Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) ema, Tensor(e!)? ema2, Tensor(f!)? low,"
     " Tensor(g!) adam_step, Tensor(h!) ema_step, int[] offsets, int[] sizes, bool[] decays, Tensor(i!)[] grads,"
-    " Tensor hyper, float beta1, float beta2, float eps, float weight_decay, float ema_decay, float ema2_decay"
+    " Tensor hyper, float beta1, float beta2, float eps, float weight_decay, float ema_decay, float ema2_decay,"
+    " float ema_gamma, float ema2_gamma"
 )
 
 
@@ -58,16 +60,21 @@ class Update(NamedTuple):
     weight_decay: float
     ema_decay: float
     ema2_decay: float
+    ema_gamma: float
+    ema2_gamma: float
 
     def parts(self, flat: Tensor) -> list[Tensor]:
         """The parameters' parts of a flat buffer, each [size]."""
         return [flat[offset : offset + size] for offset, size in zip(self.offsets, self.sizes, strict=True)]
 
-    def averages(self) -> Iterator[tuple[Tensor, float]]:
-        """The averages that there are, with their final decays."""
-        yield self.ema, self.ema_decay
+    def averages(
+        self,
+        seen: Tensor,  # []
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The averages that there are, each with its decay [] float64 at update number `seen` of theirs."""
+        yield self.ema, decay(seen.double(), self.ema_decay, self.ema_gamma)
         if self.ema2 is not None:
-            yield self.ema2, self.ema2_decay
+            yield self.ema2, decay(seen.double(), self.ema2_decay, self.ema2_gamma)
 
     def written(self) -> list[Tensor]:
         """The state's tensors."""
@@ -95,6 +102,9 @@ class Update(NamedTuple):
                 raise ValueError(f"{name}: got {beta}, takes 0 to below 1")
         for name in ("ema_decay", "ema2_decay"):
             checks.number(name, getattr(self, name), 0, 1)
+        for name in ("ema_gamma", "ema2_gamma"):
+            if getattr(self, name) != NO_POWER:
+                checks.number(name, getattr(self, name), 0, float("inf"))
         for name in ("eps", "weight_decay"):
             checks.number(name, getattr(self, name), 0, float("inf"))
 
@@ -133,15 +143,16 @@ def flatten(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    ema_decay: float,
-    ema2_decay: float,
+    ema_decay: float | PowerEma,
+    ema2_decay: float | PowerEma,
 ) -> tuple[Any, ...]:
     """The arguments of SCHEMA, which are those of Update."""
     if isinstance(grads, Tensor):
         checks.tensor("grads", grads, "float32 [N] or a list", torch.float32, state.master.shape, state.master.device)
         grads = [grads[offset : offset + size] for offset, size in zip(state.offsets, state.sizes, strict=True)]
+    (decay1, gamma1), (decay2, gamma2) = numbers(ema_decay), numbers(ema2_decay)
     return (
         state.master, state.exp_avg, state.exp_avg_sq, state.ema, state.ema2, state.low, state.adam_step,
-        state.ema_step, state.offsets, state.sizes, state.decays, grads, hyper, *betas, eps, weight_decay, ema_decay,
-        ema2_decay,
+        state.ema_step, state.offsets, state.sizes, state.decays, grads, hyper, *betas, eps, weight_decay, decay1,
+        decay2, gamma1, gamma2,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskdiff_kernels import dispatch
+from maskdiff_kernels import dispatch, triton_package
 from maskdiff_kernels.library import LibraryError
 from maskdiff_kernels.ops import checks
 from maskdiff_kernels.ops.attention import cpp, cuda, explicit, layout, reference, sdpa, triton_host, xformers
@@ -113,7 +112,7 @@ def _check(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, scale
 def _choice(qkv: Tensor, length: int, backend: str) -> str:
     """The implementation asked for; for "auto" the chosen one, or another where that does not take such a tensor."""
     name = dispatch.choice("attention", qkv.device, backend, length)
-    if name == "cuda" and backend == "auto" and not os.environ.get("MASKDIFF_KERNELS"):
+    if name == "cuda" and dispatch.asked("attention", backend)[0] == "auto":
         return name if cuda.can_take(qkv, length)[0] else _where_cuda_cannot()
     return name
 
@@ -122,7 +121,7 @@ def _choice(qkv: Tensor, length: int, backend: str) -> str:
 def _where_cuda_cannot() -> str:
     """Triton, which takes every tensor, or PyTorch's own where it is not there."""
     try:
-        triton_host.load()
+        triton_package.load()
     except LibraryError:
         return "sdpa"
     return "triton"

@@ -1,18 +1,11 @@
 """attention in Triton: launches the kernels of triton_kernel.py. The package triton is imported when they first run."""
 
-import functools
-import importlib
-from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from maskdiff_kernels import dispatch
-from maskdiff_kernels.library import LibraryError
-
-OLDEST = (3, 5)
+from maskdiff_kernels.triton_package import kernels, on
 
 
 class Tile(NamedTuple):
@@ -49,28 +42,6 @@ BACKWARD: Tiles = {
     (64, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 8), ANY: Tile(32, 32, 8)},
     (128, 4): {16: Tile(16, 16, 4), 32: Tile(32, 32, 16), ANY: Tile(16, 16, 8)},
 }
-
-
-@functools.cache
-def kernels() -> ModuleType:
-    """triton_kernel.py. Raises LibraryError where triton is missing or too old."""
-    try:
-        import triton
-    except ImportError as error:
-        raise LibraryError(f"triton is not there ({error}): pip install 'triton>=3.5'") from error
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
-        raise LibraryError(f"triton is {triton.__version__}, the kernels need 3.5: pip install 'triton>=3.5'")
-    return importlib.import_module("maskdiff_kernels.ops.attention.triton_kernel")
-
-
-def load() -> str:
-    """In a few words, what would run. Raises LibraryError."""
-    version = kernels().triton.__version__
-    if dispatch.INTERPRETED:
-        return f"Triton {version}, in its interpreter"
-    if not torch.cuda.is_available():
-        raise LibraryError(f"Triton {version} is there, but PyTorch sees no CUDA device")
-    return f"Triton {version}"
 
 
 def bucket(tiles: Tiles, qkv: Tensor, length: int) -> int:
@@ -136,9 +107,8 @@ def _launch(
         raise ValueError(
             f"qkv: got {sequences} sequences of {heads} heads, takes fewer than 2^31 blocks of {block} tokens"
         )
-    on_device: AbstractContextManager = torch.cuda.device(qkv.device) if qkv.is_cuda else nullcontext()
-    with on_device:
-        getattr(kernels(), kernel)[(programs,)](
+    with on(qkv.device):
+        getattr(kernels("attention"), kernel)[(programs,)](
             qkv,
             cu_seqlens,
             *arguments,

@@ -48,7 +48,7 @@ def run(
         address(per_sample),
         address(error if needs_grad else None),
         address(workspace),
-        _slot(device),
+        slot(device),
     )
     return mean, per_sample, error
 
@@ -73,17 +73,17 @@ def run_backward(
     return gradient
 
 
-def _slot(device: torch.device) -> int:
-    """The library's counter that a launch uses: launches that may run side by side must not share one.
+def slot(device: torch.device) -> int:
+    """The number of the counter that a launch uses: launches that may run side by side must not share one.
 
     Those of a stream run one after another. A graph that is being captured may later run beside anything: each launch
     in it keeps a slot of its own.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        slot = next(_fresh)
+        number = next(_fresh)
     else:
         key = device.index, current_stream(device)
-        slot = _of_stream[key] if key in _of_stream else _of_stream.setdefault(key, next(_fresh))
-    if slot >= SLOTS:
+        number = _of_stream[key] if key in _of_stream else _of_stream.setdefault(key, next(_fresh))
+    if number >= SLOTS:
         raise RuntimeError(f"denoising_loss: captured in graphs {SLOTS} times, takes no more in a process")
-    return slot
+    return number

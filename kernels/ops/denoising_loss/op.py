@@ -7,7 +7,7 @@ from torch import Tensor
 
 from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops import checks
-from maskdiff_kernels.ops.denoising_loss import cpp, cuda, reference
+from maskdiff_kernels.ops.denoising_loss import cpp, cuda, reference, triton_host
 from maskdiff_kernels.ops.draw_batch.op import Batch
 from maskdiff_kernels.ops.registration import registered
 from maskdiff_kernels.ops.samples import SCHEMA, Samples, Store, check_cu_patches, flatten
@@ -37,7 +37,7 @@ def denoising_loss(
             stay alive and unchanged until the stream has passed the call (see Store).
         target: what is predicted: "eps", "x0" or "v" = alpha eps - sigma x_0.
         weight: [T] float32 weight of each timestep. None: 1.
-        backend: "auto", "reference", "cpp" or "cuda".
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         - the mean over samples of the per-sample losses, [] float32. A sample without visible patches counts as 0.
@@ -134,4 +134,4 @@ _backward = registered(
     _run_backward,
     _fake_backward,
 )
-dispatch.register("denoising_loss", cuda=cuda, cpp=cpp, reference=reference)
+dispatch.register("denoising_loss", cuda=cuda, cpp=cpp, reference=reference, triton=triton_host)

@@ -26,7 +26,7 @@ def run(
     difference = prediction.reshape(len(sample), samples.size).to(compute) - targets(samples, target, compute)
     weights = torch.ones(batch, device=sample.device) if weight is None else weight[samples.timestep]
     cu = samples.cu_patches
-    counts = torch.full_like(samples.n, samples.keep_ids.shape[1]) if cu is None else cu.diff().long()
+    counts = sample.new_full((batch,), samples.keep_ids.shape[1]) if cu is None else cu.diff().long()
     squares = difference.square().sum(1)
     sums = torch.segment_reduce(squares, "sum", lengths=counts, initial=0, unsafe=True)  # in the same order everywhere
     per_sample = weights * (sums / (counts.clamp(min=1) * samples.size))

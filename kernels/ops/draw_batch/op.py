@@ -8,7 +8,7 @@ from torch import Tensor
 
 from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops import checks
-from maskdiff_kernels.ops.draw_batch import cpp, reference
+from maskdiff_kernels.ops.draw_batch import cpp, reference, triton_host
 from maskdiff_kernels.ops.registration import registered
 
 
@@ -63,7 +63,7 @@ def draw_batch(
         flip: probability in [0, 1] that a picture is mirrored.
         label_dropout: probability in [0, 1] that a label is dropped.
         first: number of the stage's first sample; groups must start a multiple of G after it (checked on the CPU).
-        backend: "auto", "reference" or "cpp".
+        backend: "auto", "reference", "cpp" or "triton".
 
     Returns:
         Batch on n's device.
@@ -114,7 +114,7 @@ _draw_batch = registered(
     _run,
     _fake,
 )
-dispatch.register("draw_batch", cpp=cpp, reference=reference)
+dispatch.register("draw_batch", cpp=cpp, reference=reference, triton=triton_host)
 
 
 def _check(seed, n, ids, images, grid, kind, size, counts, timesteps, flip, label_dropout) -> None:

@@ -1,6 +1,7 @@
 """draw_batch in plain PyTorch: what the op means. Purposes and formats are those of maskdiff_kernels.philox."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,52 +58,46 @@ def shuffled(
     An 8-round Feistel network on pairs of digits of base a = ceil(sqrt(images)), walked until it falls in range.
     """
     base = math.isqrt(images - 1) + 1
-    epoch = n // images
-    x = stepped(seed, epoch, n % images, base)
-    if not x.is_cpu:
-        return walked_blindly(seed, epoch, x, images, base)
-    while not bool((inside := x < images).all()):
-        x = torch.where(inside, x, stepped(seed, epoch, x, base))
+    epoch, x = n // images, n % images
+    word = _order_words(seed, epoch, base)
+    inside = torch.zeros_like(x, dtype=torch.bool)
+    for _ in range(_walks(images, base, n.is_cpu)):
+        left, right = x // base, x % base
+        for r in range(8):
+            left, right = right, (left + philox.high(word(right, r), base)) % base
+        x = torch.where(inside, x, base * left + right)
+        inside = x < images
+        if n.is_cpu and bool(inside.all()):
+            break
     return x
 
 
-def stepped(
-    seed: Tensor,  # [1] int64
-    epoch: Tensor,  # [...] int64, broadcast against x
-    x: Tensor,  # [...] int64 in [0, base^2)
-    base: int,
-) -> Tensor:  # [...] int64 in [0, base^2)
-    """One step of the walk: a permutation of all pairs of digits."""
-    left, right = x // base, x % base
-    for r in range(8):
-        word = philox.words(seed, epoch, philox.ORDER, 2 * right + r // 4)[..., r % 4]
-        left, right = right, (left + philox.high(word, base)) % base
-    return base * left + right
+def _walks(images: int, base: int, read: bool) -> int:
+    """Walks after which every sample is in range, `read` where the host may look and end them.
 
-
-def walked_blindly(
-    seed: Tensor,  # [1] int64
-    epoch: Tensor,  # [B] int64
-    x: Tensor,  # [B] int64 in [0, base^2)
-    images: int,
-    base: int,
-) -> Tensor:  # [B] int64 in [0, images)
-    """Where the walks from x end, with nothing read back: a step from every number out of range, then, doubling, two
-    of them, four, ..., until there are as many as numbers out of range, which no walk that ends meets twice.
-
-    The steps take room for B * 2 sqrt(images) numbers, several times.
+    A walk misses with probability p = 1 - images / base^2, and no more than base^2 - images times in a row. Where the
+    host cannot look, as many as leave a sample outside once in 2^96.
     """
     outside = base * base - images
-    if outside == 0:
-        return x
-    to = stepped(seed, epoch[:, None], torch.arange(images, base * base, device=x.device), base)  # [B, outside]
+    if read or outside == 0:
+        return outside + 1
+    return min(outside + 1, math.ceil(96 / -math.log2(outside / base**2)))
 
-    def follow(x: Tensor) -> Tensor:  # [B, ...]
-        return torch.where(x < images, x, to.gather(1, (x - images).clamp(min=0)))
 
-    for _ in range(outside.bit_length()):
-        to = follow(to)
-    return follow(x[:, None])[:, 0]
+def _order_words(
+    seed: Tensor,  # [1] int64
+    epoch: Tensor,  # [B] int64
+    base: int,
+) -> Callable[[Tensor, int], Tensor]:
+    """The words of the network, as a function of the right digit [B] and the round.
+
+    Of all digits at once where they are few: many walks by hundreds of small ops would be slow on a device.
+    """
+    if len(epoch) * base > 2**20:
+        return lambda right, r: philox.words(seed, epoch, philox.ORDER, 2 * right + r // 4)[..., r % 4]
+    blocks = torch.arange(2 * base, device=epoch.device)
+    table = philox.words(seed, epoch[:, None], philox.ORDER, blocks).view(len(epoch), base, 8)
+    return lambda right, r: table[:, :, r].gather(1, right[:, None])[:, 0]
 
 
 def _word(draw: Draw, purpose: int) -> Tensor:  # [B] int64
@@ -111,11 +106,16 @@ def _word(draw: Draw, purpose: int) -> Tensor:  # [B] int64
 
 def _counts(draw: Draw) -> Tensor:  # [B] int64
     """Visible patches of each sample: a group shares its counts out by the sorted words of its first sample."""
+    counts = _constant(draw.counts, draw.n.device)
     group = len(draw.counts)
     if group == 1:
-        return torch.full_like(draw.n, draw.counts[0])
-    counts = torch.stack([draw.n.new_full((), count) for count in draw.counts])  # made there: a copy would wait
+        return counts.expand(len(draw.n))
     return counts[_ranked(philox.elements(draw.seed, draw.n[::group], philox.RAGGED, group))].flatten()
+
+
+def _constant(numbers: Sequence[int], device: torch.device) -> Tensor:  # [numbers] int64
+    """Numbers of the host, made on the device: a copy of them would wait for it."""
+    return torch.cat([torch.full((1,), number, device=device) for number in numbers])
 
 
 def _ranked(word: Tensor) -> Tensor:  # [..., n] int64 -> [..., n] int64
@@ -132,7 +132,9 @@ def _visible(draw: Draw, counts: Tensor, most: int) -> Tensor:  # [B] -> [B, mos
         return torch.arange(end, device=device).expand(len(draw.n), end)
     if draw.kind == "crop":
         side = torch.arange(math.isqrt(most), device=device)
-        crop = counts.double().sqrt().long()[:, None, None]  # [B, 1, 1] exact: counts are squares
+        roots = _constant([math.isqrt(count) for count in draw.counts], device)
+        table = _constant(draw.counts, device)
+        crop = roots[(counts[:, None] == table).long().argmax(1)][:, None, None]  # [B, 1, 1]
         corner = philox.elements(draw.seed, draw.n, philox.MASK, 2)[:, :, None, None]
         row = philox.high(corner[:, 0], down - crop + 1) + side[:, None]
         column = philox.high(corner[:, 1], across - crop + 1) + side

@@ -6,7 +6,7 @@ from torch import Tensor
 from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops import checks
 from maskdiff_kernels.ops.draw_batch.op import Batch
-from maskdiff_kernels.ops.noisy_patches import cpp, cuda, reference
+from maskdiff_kernels.ops.noisy_patches import cpp, cuda, reference, triton_host
 from maskdiff_kernels.ops.registration import registered
 from maskdiff_kernels.ops.samples import SCHEMA, Samples, Store, flatten
 from maskdiff_kernels.ops.visible import choose
@@ -31,7 +31,7 @@ def noisy_patches(
         alpha_sigma: [T, 2] float32, row t holds (alpha_t, sigma_t). None: no noise, the plain gather x_0.
         seed: [1] int64, the run's seed.
         dtype: float32, bfloat16 or float16: computed in float32, rounded once.
-        backend: "auto", "reference", "cpp" or "cuda".
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         x_t, [B, K, P*P*C] for equal lengths or [M, P*P*C] for ragged ones, in `dtype`.
@@ -62,4 +62,4 @@ def _fake(*arguments):
 
 
 _noisy_patches = registered("noisy_patches", f"({SCHEMA}, ScalarType dtype, str backend) -> Tensor", _run, _fake)
-dispatch.register("noisy_patches", cuda=cuda, cpp=cpp, reference=reference)
+dispatch.register("noisy_patches", cuda=cuda, cpp=cpp, reference=reference, triton=triton_host)

@@ -20,12 +20,7 @@ def run(samples: Samples, dtype: torch.dtype, compute: torch.dtype = torch.float
 
 def clean(samples: Samples, compute: torch.dtype) -> Tensor:  # [M, P*P*C]
     """The visible patches x_0 in [-1, 1], mirrored where the sample is flipped."""
-    sample, across = samples.sample(), samples.grid[1]
-    flip, place = samples.flip[sample], samples.keep_ids.flatten().to(torch.int64)
-    row = torch.where(flip, place + across - 1 - 2 * (place % across), place)
-    if samples.slots is not None:
-        row = samples.slots.to(torch.int64)
-    pixels = samples.patches[samples.image_ids[sample], row]
+    pixels, flip = samples.stored(), samples.flip[samples.sample()]
     mirrored = pixels.unflatten(1, (samples.patch, samples.patch, -1)).flip(2).flatten(1)
     return torch.where(flip[:, None], mirrored, pixels).to(compute) * (2 / 255) - 1
 

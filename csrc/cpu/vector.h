@@ -1,4 +1,4 @@
-// Vectors of floats for attention (and sums of squares), by GCC's vector extensions: one source for every instruction set.
+// Vectors of floats, by GCC's vector extensions: one source for every instruction set.
 #pragma once
 
 #include <stdint.h>

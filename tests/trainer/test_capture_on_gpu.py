@@ -1,0 +1,128 @@
+"""CUDA graphs of steps on a GPU: `make gpu-test` runs these. They take PyTorch, NumPy and pytest alone."""
+
+import dataclasses
+
+import pytest
+import torch
+from small_step import BATCH, mask_of, setup
+
+from maskdiff import capture
+from maskdiff.capture import Steps
+from maskdiff.optim import Hyper
+from maskdiff.step import batch_loss, draw, train_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+
+CUDA = torch.device("cuda", 0)
+MASKS = ["dense", "patch:0.5", "block2:0.75", "patch:0.1-0.9"]
+HYPERS = [Hyper(1e-3, 1.0), Hyper(2e-3, None), Hyper(0.0, 0.1), Hyper(5e-4, 1e-3)]
+
+
+@pytest.fixture(params=["auto", "reference"])
+def kernels(request, monkeypatch):
+    """Whatever runs there by itself, and PyTorch alone."""
+    if request.param != "auto":
+        monkeypatch.setenv("MASKDIFF_KERNELS", request.param)
+
+
+@pytest.fixture
+def exact():
+    """PyTorch sums in the same order every time, where it can: else no bits are the same."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def steps_on(said=None, seed=1234, on_host=False, **options):
+    """Steps whose images lie on the GPU, or `on_host`."""
+    state, source, objective = setup(backend="auto", device=CUDA, **options)
+    if on_host:
+        source = dataclasses.replace(source, store=setup()[1].store)
+    say = print if said is None else said.append
+    return Steps(state, source, objective, torch.tensor([seed], device=CUDA), say=say)
+
+
+def plain_step(steps, mask, hyper):
+    return train_step(steps.state, steps.source, steps.objective, mask_of(mask), steps.seed, BATCH, hyper)
+
+
+def same(state, other):
+    ours, theirs = state.tensors(), other.tensors()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert (state.sample, state.step, int(state.next_sample)) == (other.sample, other.step, int(other.next_sample))
+
+
+def heldout(steps):
+    """What lies between the replays of a run: a loss of the EMA weights."""
+    batch = draw(steps.source, steps.objective, mask_of("dense"), steps.seed, torch.arange(4, device=CUDA))
+    source = capture.staged(steps.source, batch)
+    with torch.no_grad(), steps.state.ema_weights() as model:
+        dtype = steps.state.dtype
+        return batch_loss(model, source, steps.objective, mask_of("dense"), batch, steps.seed, dtype)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("on_host", [False, True], ids=["resident", "staged"])
+def test_captured_steps_are_eager_steps(kernels, exact, dtype, on_host):
+    said: list[str] = []
+    steps, eager = steps_on(said, on_host=on_host, dtype=dtype), steps_on(dtype=dtype)
+    other = steps_on(seed=1, on_host=on_host, dtype=dtype)
+    for turn, mask in enumerate([*MASKS, *MASKS, "patch:0.5", "patch:0.5"]):
+        hyper = HYPERS[turn % len(HYPERS)]
+        got, expected = steps(mask_of(mask), BATCH, hyper), plain_step(eager, mask, hyper)
+        assert torch.equal(got.loss, expected.loss) and torch.equal(got.grad_norm, expected.grad_norm)
+        assert torch.equal(got.loss_by_tenth.nan_to_num(), expected.loss_by_tenth.nan_to_num())
+        assert torch.equal(heldout(steps), heldout(eager))
+        assert other(mask_of(mask), BATCH, hyper).loss != got.loss
+        same(steps.state, eager.state)
+    assert said == [] and all(steps.prepare(mask_of(mask), BATCH)[1] is not None for mask in MASKS)
+
+
+def test_stages_of_a_shape_share_a_graph_and_all_share_memory(kernels):
+    steps = steps_on()
+    graphs = [steps.prepare(mask_of(mask), BATCH)[1] for mask in (*MASKS, *MASKS)]
+    assert graphs[: len(MASKS)] == graphs[len(MASKS) :] and len(set(graphs)) == len(MASKS)
+    assert len({graph.graph.pool() for graph in graphs}) == 1
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("on_host", [False, True], ids=["resident", "staged"])
+def test_no_step_waits(kernels, mask, on_host):
+    captured, eager = steps_on(on_host=on_host), steps_on(on_host=on_host)
+    eager.captures = False
+    for steps in (captured, eager):
+        steps(mask_of(mask), BATCH, HYPERS[0])  # loads and compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for hyper in HYPERS:
+                steps(mask_of(mask), BATCH, hyper)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_that_reads_back_runs_without_a_graph(kernels, exact, monkeypatch):
+    said: list[str] = []
+    steps, eager = steps_on(said), steps_on()
+    forward = steps.state.model.forward
+
+    def reads(x, *rest):
+        assert x.sum().item() != 0.5
+        return forward(x, *rest)
+
+    monkeypatch.setattr(steps.state.model, "forward", reads)
+    for hyper in HYPERS:
+        steps(mask_of("patch:0.5"), BATCH, hyper)
+        plain_step(eager, "patch:0.5", hyper)
+    same(steps.state, eager.state)
+    assert len(said) == 1 and "run without a CUDA graph: " in said[0] and "\n" not in said[0]
+    monkeypatch.undo()
+    assert steps.prepare(mask_of("dense"), BATCH)[1] is not None  # another shape is captured all the same
+
+
+def test_images_that_take_too_much_of_the_device_stay_with_the_host(monkeypatch):
+    store = setup()[1].store
+    assert capture.place(store, CUDA).patches.is_cuda
+    monkeypatch.setattr(capture, "RESIDENT", 0.0)
+    assert capture.place(store, CUDA) is store
