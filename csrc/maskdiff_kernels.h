@@ -199,10 +199,11 @@ MASKDIFF_API const char* maskdiff_cuda_error_text(int code);
 MASKDIFF_API int maskdiff_cuda_count_words(const int64_t* seed, const int64_t* n, int64_t batch, int purpose,
                                            int64_t blocks, uint32_t* words, uint32_t* sums, int device, void* stream);
 
-// noisy_patches and denoising_loss as the CPU library's; the patches may also lie in pinned memory of the host. Numbers in
-// tensors are not checked: the elements of a patch whose image, place, slot or timestep is out of range are NaN, a ragged
-// sample's offsets are cut to 0 .. M, and nothing else is read or written. At most 2^31 - 1 groups of four elements.
-// noisy_patches gives the bits of the CPU library. Errors: BAD_RANGE (more than that), BAD_OPTION.
+// noisy_patches and denoising_loss as the CPU library's; the patches may also lie in pinned memory of the host, and then
+// have to stay there, unchanged, until the stream has passed the call. Numbers in tensors are not checked: the elements of
+// a patch whose image, place, slot or timestep is out of range are NaN, a ragged sample's offsets are cut to 0 .. M, and
+// nothing else is read or written. At most 2^31 - 1 groups of four elements. noisy_patches gives the bits of the CPU
+// library. Errors: BAD_RANGE (more than that), BAD_OPTION.
 MASKDIFF_API int maskdiff_cuda_noisy_patches(const maskdiff_samples* samples, void* out, int dtype, int device,
                                              void* stream);
 

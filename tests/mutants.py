@@ -280,6 +280,11 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     ("kernels/philox.py", ("tests/ops/test_philox.py",), (("n >> 32 & _LOW", "n & _LOW"),)),
     (
+        "kernels/ops/attention/op.py",
+        ("tests/ops/test_attention.py", "-k", "by_the_implementation_of_the_forward"),
+        (("ctx.options = max_seqlen, scale, backend", 'ctx.options = max_seqlen, scale, "auto"'),),
+    ),
+    (
         "kernels/ops/structs.py",
         ("tests/ops/test_interface.py", "-k", "a_launch"),
         (("device.index or 0, stream", "0, stream"), ("torch.cuda.current_stream(device).cuda_stream", "None")),
@@ -303,6 +308,11 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("> MOST_QUADS", ">= MOST_QUADS"),
             ("dispatch.asked(op, backend)[0]", "backend"),
         ),
+    ),
+    (
+        "kernels/ops/denoising_loss/op.py",
+        (LOSS, "-k", "by_the_implementation_of_the_forward"),
+        (("ctx.backend = backend if compiled else", 'ctx.backend = "auto" or'),),
     ),
     ("kernels/ops/denoising_loss/reference.py", (LOSS,), (("shape[0] + grad_per_sample)", "shape[0])"),)),
     ("kernels/library.py", ("tests/test_install.py", "-k", "foreign or stale"), (("built != expected", "not built"),)),

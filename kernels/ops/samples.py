@@ -22,7 +22,13 @@ SCHEMA = (
 
 @dataclass(frozen=True)
 class Store:
-    """Packed images, patch after patch. Or a staging buffer that holds the visible patches of a batch alone."""
+    """Packed images, patch after patch. Or a staging buffer that holds the visible patches of a batch alone.
+
+    Patches in pinned memory of the host are read by the GPU while the host goes on. They have to stay alive and
+    unchanged until the stream has passed the calls that got them (an event recorded behind the last tells; for a
+    captured graph: behind each replay): PyTorch hands pinned memory that was freed to its next user at once, unless
+    one of its own copies without waiting still needs it.
+    """
 
     patches: Tensor  # [N, n, P*P*C] uint8, elements in order (row, column, channel); any stride of the first dimension
     grid: tuple[int, int]  # patches down, across

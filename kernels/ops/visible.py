@@ -39,7 +39,7 @@ def cuda_struct(op: str, samples: Samples) -> SamplesStruct:
     return samples_struct(samples)
 
 
-def choose(op: str, samples: Samples, backend: str) -> ModuleType:
+def choice(op: str, samples: Samples, backend: str) -> str:
     """The implementation asked for; for "auto" the chosen one, or else the one that takes such samples."""
     device, free = samples.keep_ids.device, dispatch.asked(op, backend)[0] == "auto"
     elsewhere = samples.patches.device != device  # in pinned memory, which CUDA C++ reads by itself
@@ -50,4 +50,9 @@ def choose(op: str, samples: Samples, backend: str) -> ModuleType:
         name = "reference"
     if name != "cuda" and elsewhere:
         raise ValueError(f"store.patches: got pinned memory of the host, takes a tensor on {device} with {name!r}")
-    return dispatch.choose(op, device, name)
+    return name
+
+
+def choose(op: str, samples: Samples, backend: str) -> ModuleType:
+    """The module of the choice."""
+    return dispatch.choose(op, samples.keep_ids.device, choice(op, samples, backend))

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import maskdiff_kernels as mk
 from maskdiff_kernels import dispatch, library, triton_package
-from maskdiff_kernels.ops.attention import cpp, cuda, sdpa, triton_host, xformers
+from maskdiff_kernels.ops.attention import cpp, cuda, xformers
 from maskdiff_kernels.ops.attention import op as attention_op
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -415,6 +415,19 @@ def test_choice():
             mk.attention(random(2, 5, 3, 2, 32), backend=name)
 
 
+@pytest.mark.parametrize("names", [("sdpa", "cpp"), ("explicit", "reference")])
+def test_the_backward_is_by_the_implementation_of_the_forward(monkeypatch, names):
+    """Whatever the choice is by then: what the one keeps the other may not read."""
+    qkv, grad_out = random(2, 33, 3, 2, 32), random(2, 33, 64, seed=1)
+    for first, second in (names, names[::-1]):
+        monkeypatch.setenv("MASKDIFF_KERNELS", first)
+        given = qkv.clone().requires_grad_()
+        out = mk.attention(given)
+        monkeypatch.setenv("MASKDIFF_KERNELS", second)
+        got = out.detach(), torch.autograd.grad(out, given, grad_out)[0]
+        check(qkv, grad_out, got, backend=first)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_where_cuda_cannot_another_runs(monkeypatch, there):
     """Its kernels have limits of length, width and dtype: auto goes on with Triton or PyTorch's own."""
@@ -425,15 +438,15 @@ def test_where_cuda_cannot_another_runs(monkeypatch, there):
         return "Triton"
 
     monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
-    monkeypatch.setattr(dispatch, "choose", lambda op, device, backend, length: cuda)
+    monkeypatch.setattr(dispatch, "choice", lambda op, device, backend, length: "cuda")
     monkeypatch.setattr(triton_package, "load", load)
     monkeypatch.setattr(attention_op, "_where_cuda_cannot", attention_op._where_cuda_cannot.__wrapped__)
     short, long = random(1, 5, 3, 2, 64, dtype=torch.bfloat16), random(1, 300, 3, 2, 64, dtype=torch.bfloat16)
-    chosen = [attention_op._choose(x, None, x.shape[1], "auto") for x in (short, long, short.float())]
-    assert chosen == [cuda, *[triton_host if there else sdpa] * 2]
-    assert attention_op._choose(long, None, 300, "cuda") is cuda
+    chosen = [attention_op._choice(x, x.shape[1], "auto") for x in (short, long, short.float())]
+    assert chosen == ["cuda", *["triton" if there else "sdpa"] * 2]
+    assert attention_op._choice(long, 300, "cuda") == "cuda"
     monkeypatch.setenv("MASKDIFF_KERNELS", "cuda")
-    assert attention_op._choose(long, None, 300, "auto") is cuda
+    assert attention_op._choice(long, 300, "auto") == "cuda"
     with pytest.raises(ValueError, match="^backend: 'cuda' of attention takes at most 288 tokens, not 300"):
         cuda.run(long, None, None, 0.125)
 

@@ -9,7 +9,7 @@ from placing import here
 
 import maskdiff_kernels as mk
 from maskdiff_kernels import library
-from maskdiff_kernels.ops.denoising_loss import reference
+from maskdiff_kernels.ops.denoising_loss import cpp, reference
 from maskdiff_kernels.ops.noisy_patches import reference as noisy
 from maskdiff_kernels.ops.samples import Samples, flatten
 
@@ -250,6 +250,24 @@ def test_no_gradient_is_made_where_none_is_needed(seed, make_store, make_batch, 
         assert error.numel() == (prediction.numel() if needs else 0)
         mean, per_sample = mk.denoising_loss(prediction, store, batch, alpha_sigma, seed)
         assert mean.requires_grad == needs and per_sample.requires_grad == needs
+
+
+@pytest.mark.parametrize(("first", "second"), [("cpp", "reference"), ("reference", "cpp")])
+def test_the_backward_is_by_the_implementation_of_the_forward(
+    monkeypatch, seed, make_store, make_batch, alpha_sigma, first, second
+):
+    """Whatever the choice is by then, as with pinned memory, which the choice for the backward knows nothing of."""
+    ran, store = [], make_store()
+    for name, module in (("cpp", cpp), ("reference", reference)):
+        run = module.run_backward
+        monkeypatch.setattr(module, "run_backward", lambda *a, name=name, run=run: (ran.append(name), run(*a))[1])
+    batch = make_batch(store, 9)
+    prediction = predict(batch, 48)
+    monkeypatch.setenv("MASKDIFF_KERNELS", first)
+    mean, _ = mk.denoising_loss(prediction, store, batch, alpha_sigma, seed)
+    monkeypatch.setenv("MASKDIFF_KERNELS", second)
+    mean.backward()
+    assert ran == [first]
 
 
 # ---- errors ----

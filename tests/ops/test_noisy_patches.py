@@ -264,26 +264,25 @@ def test_pinned_memory_is_read_by_cuda_alone(monkeypatch):
     """For a GPU's samples, which are stand-ins here: "auto" means "cuda" where the images stay on the host."""
     monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "choice", lambda op, device, backend: "sure" if backend == "auto" else backend)
-    monkeypatch.setattr(dispatch, "choose", lambda op, device, name: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     cpu, cuda = (SimpleNamespace(device=torch.device(name), numel=lambda: 8) for name in ("cpu", "cuda"))
     pinned, near = (SimpleNamespace(keep_ids=cuda, patches=patches, size=48) for patches in (cpu, cuda))
-    assert on_gpus.choose("noisy_patches", pinned, "auto") == "cuda"
-    assert on_gpus.choose("noisy_patches", near, "auto") == "sure"
-    assert on_gpus.choose("noisy_patches", near, "cuda") == "cuda"
+    assert on_gpus.choice("noisy_patches", pinned, "auto") == "cuda"
+    assert on_gpus.choice("noisy_patches", near, "auto") == "sure"
+    assert on_gpus.choice("noisy_patches", near, "cuda") == "cuda"
     message = "^store.patches: got pinned memory of the host, takes a tensor on cuda with 'reference'"
     with pytest.raises(ValueError, match=message):
-        on_gpus.choose("noisy_patches", pinned, "reference")
+        on_gpus.choice("noisy_patches", pinned, "reference")
     monkeypatch.setattr(dispatch, "choice", lambda op, device, backend: "cuda")
-    assert on_gpus.choose("noisy_patches", near, "auto") == "reference"  # too old a GPU
+    assert on_gpus.choice("noisy_patches", near, "auto") == "reference"  # too old a GPU
     with pytest.raises(ValueError, match="^backend: 'cuda' of noisy_patches needs compute capability 8.0, this is 7.5"):
         on_gpus.cuda_struct("noisy_patches", near)
     monkeypatch.setenv("MASKDIFF_KERNELS", "cuda")
-    assert on_gpus.choose("noisy_patches", near, "auto") == "cuda"  # asked for
+    assert on_gpus.choice("noisy_patches", near, "auto") == "cuda"  # asked for
     monkeypatch.setenv("MASKDIFF_KERNELS", "reference")
     monkeypatch.setattr(dispatch, "choice", lambda op, device, backend: "reference" if backend == "auto" else backend)
     with pytest.raises(ValueError, match=message):
-        on_gpus.choose("noisy_patches", pinned, "auto")
+        on_gpus.choice("noisy_patches", pinned, "auto")
 
 
 def test_only_pinned_memory_may_stay_on_the_host(make_store, make_batch, alpha_sigma, seed):

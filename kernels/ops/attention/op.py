@@ -60,6 +60,10 @@ def attention(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen, scale, backend):
+        # chosen once: not all implementations make the log-sum-exp that another's backward reads. A compiled graph
+        # cannot ask, and chooses in both ops, from the same tensors
+        if not torch.compiler.is_compiling():
+            backend = _choice(qkv, _check(qkv, cu_seqlens, max_seqlen, scale)[0], backend)
         out, lse = _attention(qkv, cu_seqlens, max_seqlen, scale, backend)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(qkv, out, lse, *([] if cu_seqlens is None else [cu_seqlens]))
@@ -105,24 +109,30 @@ def _check(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, scale
     return length, width**-0.5 if scale is None else scale
 
 
-def _choose(qkv: Tensor, cu_seqlens: Tensor | None, length: int, backend: str) -> ModuleType:
+def _choice(qkv: Tensor, length: int, backend: str) -> str:
     """The implementation asked for; for "auto" the chosen one, or another where that does not take such a tensor."""
-    chosen = dispatch.choose("attention", qkv.device, backend, length)
-    if chosen is cuda and dispatch.asked("attention", backend)[0] == "auto":
-        return cuda if cuda.can_take(qkv, length)[0] else _where_cuda_cannot()
-    if cu_seqlens is not None and qkv.is_cpu and chosen is not cpp:  # the C++ looks by itself
-        layout.check_cu_seqlens(cu_seqlens, qkv.shape[0], length)
-    return chosen
+    name = dispatch.choice("attention", qkv.device, backend, length)
+    if name == "cuda" and dispatch.asked("attention", backend)[0] == "auto":
+        return name if cuda.can_take(qkv, length)[0] else _where_cuda_cannot()
+    return name
 
 
 @functools.cache
-def _where_cuda_cannot() -> ModuleType:
+def _where_cuda_cannot() -> str:
     """Triton, which takes every tensor, or PyTorch's own where it is not there."""
     try:
         triton_package.load()
     except LibraryError:
-        return sdpa
-    return triton_host
+        return "sdpa"
+    return "triton"
+
+
+def _choose(qkv: Tensor, cu_seqlens: Tensor | None, length: int, backend: str) -> ModuleType:
+    """The chosen implementation; the numbers in cu_seqlens are checked, on the CPU."""
+    name = _choice(qkv, length, backend)
+    if cu_seqlens is not None and qkv.is_cpu and name != "cpp":  # the C++ looks by itself
+        layout.check_cu_seqlens(cu_seqlens, qkv.shape[0], length)
+    return dispatch.choose("attention", qkv.device, name, length)
 
 
 def _as_given(device: torch.device) -> AbstractContextManager:

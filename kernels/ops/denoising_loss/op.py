@@ -11,7 +11,7 @@ from maskdiff_kernels.ops.denoising_loss import cpp, cuda, reference, triton_hos
 from maskdiff_kernels.ops.draw_batch.op import Batch
 from maskdiff_kernels.ops.registration import registered
 from maskdiff_kernels.ops.samples import SCHEMA, Samples, Store, check_cu_patches, flatten
-from maskdiff_kernels.ops.visible import choose
+from maskdiff_kernels.ops.visible import choice, choose
 
 TARGETS = ("eps", "x0", "v")
 
@@ -33,7 +33,8 @@ def denoising_loss(
 
     Args:
         prediction: [B, K, P*P*C], or [M, P*P*C] for ragged lengths; its last dimension must be dense.
-        store, batch, alpha_sigma, seed: those that noisy_patches got.
+        store, batch, alpha_sigma, seed: those that noisy_patches got. Patches in pinned memory of the host have to
+            stay alive and unchanged until the stream has passed the call (see Store).
         target: what is predicted: "eps", "x0" or "v" = alpha eps - sigma x_0.
         weight: [T] float32 weight of each timestep. None: 1.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
@@ -61,7 +62,9 @@ class _DenoisingLoss(torch.autograd.Function):
         mean, per_sample, error = _denoising_loss(prediction, *flat, target, weight, wanted, backend)
         if wanted:
             ctx.save_for_backward(error, *([] if flat[7] is None else [flat[7]]))
-            ctx.backend = backend
+            # the implementation that ran; a compiled graph cannot ask, and chooses in both ops
+            compiled = torch.compiler.is_compiling()
+            ctx.backend = backend if compiled else choice("denoising_loss", Samples(*flat), backend)
         return mean, per_sample
 
     @staticmethod

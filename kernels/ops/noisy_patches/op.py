@@ -25,7 +25,8 @@ def noisy_patches(
     Only what is visible is read or drawn. The noise of a sample depends on (seed, n, place in the picture) alone.
 
     Args:
-        store: packed images, or a staging buffer; for CUDA tensors also in pinned memory of the host ("cuda" alone).
+        store: packed images, or a staging buffer; for CUDA tensors also in pinned memory of the host ("cuda" alone),
+            which then has to stay alive and unchanged until the stream has passed the call (see Store).
         batch: what the samples show.
         alpha_sigma: [T, 2] float32, row t holds (alpha_t, sigma_t). None: no noise, the plain gather x_0.
         seed: [1] int64, the run's seed.
