@@ -128,7 +128,11 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     (
         "kernels/ops/adamw_ema/fused.py",
         ADAMW,
-        (("(1 - decay) * (1 - skipped)", "1 - decay"), ("u.weight_decay if decays else 0.0", "u.weight_decay")),
+        (
+            ("(1 - decay) * (1 - skipped)", "1 - decay"),
+            ("u.weight_decay if decays else 0.0", "u.weight_decay"),
+            ("torch.where(skipped > 0, u.low,", "torch.where(skipped > 1, u.low,"),
+        ),
     ),
     (
         "kernels/ops/adamw_ema/apex.py",

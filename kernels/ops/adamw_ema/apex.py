@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskdiff_kernels.library import LibraryError
-from maskdiff_kernels.ops.adamw_ema.fused import update_averages
+from maskdiff_kernels.ops.adamw_ema.fused import round_masters, update_averages
 from maskdiff_kernels.ops.adamw_ema.state import Update
 
 CHUNK = 2048 * 32  # elements that a block updates, as apex itself takes them
@@ -80,8 +80,8 @@ def run(u: Update) -> tuple[Tensor, Tensor]:
         numbers = (u.beta1, u.beta2, u.eps, step, DECOUPLED, CORRECTED, weight_decay)
         update(CHUNK, flag, tensors, lr.view(1), *numbers, clip)
     update_averages(u, skipped)
-    if u.low is not None and any(low is None for low in lows):
-        u.low.copy_(u.master[: u.low.shape[0]])
+    if any(low is None for low in lows):
+        round_masters(u, skipped)
     return norm, skipped
 
 

@@ -38,8 +38,7 @@ def run(u: Update) -> tuple[Tensor, Tensor]:
             found_inf=skipped,
         )
     update_averages(u, skipped)
-    if u.low is not None:
-        u.low.copy_(u.master[: u.low.shape[0]])
+    round_masters(u, skipped)
     return norm, skipped
 
 
@@ -50,6 +49,15 @@ def update_averages(
     """Lets the averages follow the masters; `ema_step` counts this update already."""
     for ema, decay in u.averages(u.ema_step):
         ema.lerp_(u.master, ((1 - decay) * (1 - skipped)).float())
+
+
+def round_masters(
+    u: Update,
+    skipped: Tensor,  # [] float32: 1 where nothing is to change
+) -> None:
+    """Makes the low-precision copy, if there is one."""
+    if u.low is not None:
+        u.low.copy_(torch.where(skipped > 0, u.low, u.master[: u.low.shape[0]].to(u.low.dtype)))
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:
