@@ -18,9 +18,9 @@ from torch import Tensor
 from maskdiff.digits import DigitsSource
 from maskdiff.errors import UserError
 from maskdiff.faces import STYLES, FaceSource
-from maskdiff.files import FileSource
-from maskdiff.manifest import IMAGES, LABELS, SPLIT, Manifest, is_packed
-from maskdiff.pack import Source, check_geometry, locked, pack
+from maskdiff.packing.files import FileSource
+from maskdiff.packing.manifest import IMAGES, LABELS, SPLIT, Manifest, is_packed
+from maskdiff.packing.writer import Source, check_geometry, locked, pack
 from maskdiff_kernels import Store
 
 KINDS = "a folder or zip of images, a packed set, faces:N, faces-b:N or digits"

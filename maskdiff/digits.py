@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from maskdiff.errors import UserError
-from maskdiff.layout import Chunk, chunk
+from maskdiff.packing.layout import Chunk, chunk
 
 
 class DigitsSource:

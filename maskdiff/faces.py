@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from maskdiff import faces_flat, faces_ink
-from maskdiff.layout import Chunk, chunk
+from maskdiff.packing.layout import Chunk, chunk
 from maskdiff.traits import ATTRIBUTES, Dice, Traits
 
 VERSION = 1  # raised whenever a drawing changes: older cached sets are then drawn anew

@@ -17,9 +17,9 @@ from PIL import Image
 from maskdiff import data
 from maskdiff.data import open_packed, prepare
 from maskdiff.errors import UserError
-from maskdiff.files import FileSource
-from maskdiff.manifest import Manifest, _sha256
-from maskdiff.pack import pack
+from maskdiff.packing.files import FileSource
+from maskdiff.packing.manifest import Manifest, _sha256
+from maskdiff.packing.writer import pack
 from maskdiff_kernels import Mask, draw_batch, noisy_patches
 
 
@@ -311,8 +311,8 @@ def test_wrong_arrays_with_right_checksums_are_found(packed):
 def test_every_hash_of_the_manifest_is_that_of_the_files(tmp_path, monkeypatch):
     import hashlib
 
-    from maskdiff import manifest as module
-    from maskdiff import pack as writer
+    from maskdiff.packing import manifest as module
+    from maskdiff.packing import writer
 
     monkeypatch.setattr(module, "BLOCK", 1000)
     monkeypatch.setattr(writer, "BLOCK", 1000)

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdiff import decode, layout, workers
 from maskdiff.errors import UserError
-from maskdiff.files import FileSource
-from maskdiff.manifest import Manifest
-from maskdiff.pack import _split, pack
+from maskdiff.packing import decode, layout, workers
+from maskdiff.packing.files import FileSource
+from maskdiff.packing.manifest import Manifest
+from maskdiff.packing.writer import _split, pack
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 BACKGROUND = (0, 128, 255)
@@ -373,7 +373,7 @@ def test_a_worker_that_dies_or_fails_is_an_error_not_a_hang(tmp_path, monkeypatc
 
 
 def test_workers_do_not_load_pytorch():
-    script = "import sys, maskdiff.decode, maskdiff.faces, maskdiff.worker_main; assert 'torch' not in sys.modules"
+    script = "import sys, maskdiff.faces, maskdiff.packing.worker_main; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from maskdiff.layout import Chunk, chunk
+from maskdiff.packing.layout import Chunk, chunk
 
 VERSION = 1  # raised whenever the same file would give other pixels: older cached sets are then decoded anew
 FORMATS = ("PNG", "JPEG", "WEBP")

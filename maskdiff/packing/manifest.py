@@ -1,4 +1,4 @@
-"""manifest.json of a packed set: what it holds, written by pack.py, checked by data.py before anything is used."""
+"""manifest.json of a packed set: what it holds, written by writer.py, checked before anything is used."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from maskdiff.errors import UserError
-from maskdiff.layout import stride_of
+from maskdiff.packing.layout import stride_of
 
 FORMAT = "maskdiff packed images"
 VERSION = 1

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from maskdiff import workers as processes
 from maskdiff.durable import sync
 from maskdiff.errors import UserError
-from maskdiff.layout import Chunk, stride_of
-from maskdiff.manifest import BLOCK, IMAGES, LABELS, MANIFEST, SPLIT, Manifest
+from maskdiff.packing import workers as processes
+from maskdiff.packing.layout import Chunk, stride_of
+from maskdiff.packing.manifest import BLOCK, IMAGES, LABELS, MANIFEST, SPLIT, Manifest
 
 
 class Source(Protocol):

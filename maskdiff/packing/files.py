@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import ImageColor
 
-from maskdiff.decode import SUFFIXES, VERSION, DecodeJob, decode_chunk
 from maskdiff.errors import UserError
+from maskdiff.packing.decode import SUFFIXES, VERSION, DecodeJob, decode_chunk
 
 _JOB = 64  # files
 
