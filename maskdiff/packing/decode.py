@@ -1,21 +1,26 @@
-"""From the bytes of a picture file to a square RGB image. Imported by worker processes: numpy and Pillow only."""
+"""From a picture file's bytes, or from pixels, to a square RGB image. Worker processes import it: numpy and Pillow."""
 
-import functools
 import io
-import os
 import warnings
-import zipfile
-from typing import BinaryIO, NamedTuple
+import zlib
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from maskdiff.packing.items import Item
 from maskdiff.packing.layout import Chunk, chunk
 
-VERSION = 1  # raised whenever the same file would give other pixels: older cached sets are then decoded anew
-FORMATS = ("PNG", "JPEG", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MOST_BYTES = 1 << 30  # of one file in an archive: what claims to be larger is no picture
+VERSION = 2  # raised whenever the same file would give other pixels: older cached sets are then decoded anew
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif")
+FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+}
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -29,58 +34,101 @@ _TURNS = {
 }
 
 
-class DecodeJob(NamedTuple):
-    """Some files of a folder or zip, and what is to become of them."""
+class Frame(NamedTuple):
+    """Which part of a picture is kept, at what size, on what."""
 
-    source: str  # folder or zip
-    stamp: tuple[int, int] | None  # size and time of the zip; None for a folder
-    files: list[tuple[str, int]]  # (name in the source, index in the zip or -1)
-    image_size: int
-    patch: int
+    size: int  # pixels of the side
+    crop: tuple[int, ...]  # (): largest centred square; (side,): centred square; (left, top, side): square at a place
+    filter: str  # a key of FILTERS
     background: tuple[int, int, int]
 
 
+class DecodeJob(NamedTuple):
+    """Some pictures, and what is to become of them."""
+
+    items: list[Item]
+    attributes: int
+    frame: Frame
+    patch: int
+
+
 def decode_chunk(job: DecodeJob) -> Chunk:
-    """Decodes files; those that cannot be decoded are rejects, each with its reason."""
-    images, rejects = [], []
+    """Decodes pictures; those that cannot be decoded are rejects, each with its reason."""
+    images, kept, rejects = [], [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's on large pictures and odd EXIF
-        for name, index in job.files:
+        for item in job.items:
             try:
-                if job.stamp is None:
-                    with open(os.path.join(job.source, name), "rb") as file:
-                        images.append(decode(file, job.image_size, job.background))
+                content = item.content
+                if isinstance(content, np.ndarray):
+                    images.append(from_pixels(content, job.frame))
                 else:
-                    content = _member(_archive(job.source, job.stamp), index)
-                    images.append(decode(io.BytesIO(content), job.image_size, job.background))
+                    images.append(decode(content if isinstance(content, bytes) else content.read(), job.frame))
+                kept.append(item)
             except Exception as error:  # decoders of hostile bytes raise nearly anything
-                rejects.append((name, _reason(error)))
-    stack = np.stack(images) if images else np.empty((0, job.image_size, job.image_size, 3), np.uint8)
-    return chunk(stack, np.empty((len(stack), 0), np.int32), job.patch, rejects)
+                rejects.append((item.name, _reason(error)))
+    side = job.frame.size
+    stack = np.stack(images) if images else np.empty((0, side, side, 3), np.uint8)
+    labels = np.array([item.labels for item in kept], np.int32).reshape(len(kept), job.attributes)
+    return chunk(stack, labels, job.patch, [item.name for item in kept], rejects)
 
 
-def decode(file: BinaryIO, size: int, background: tuple[int, int, int]) -> np.ndarray:
-    """Decodes a PNG, JPEG or WebP: [size, size, 3] uint8.
+def decode(content: bytes, frame: Frame) -> np.ndarray:
+    """Decodes a PNG, JPEG, WebP or the first frame of a GIF: [size, size, 3] uint8.
 
-    Turned as its EXIF says, alpha laid on the background, converted to RGB; then the largest centred square, scaled
-    with an antialiasing Lanczos filter.
+    Turned as its EXIF says, alpha laid on the background, converted to RGB; then the frame's crop, scaled with its
+    filter, antialiased. Raises nearly anything for bytes that are no such picture, ValueError where the crop does not
+    fit.
     """
-    with Image.open(file, formats=FORMATS) as opened:
-        opened.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded no larger than needed
+    if not content:
+        raise ValueError("an empty file")
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+        width, height = opened.size
+        side = frame.crop[-1] if frame.crop else min(width, height)
+        least = 2 * frame.size  # a JPEG is decoded no larger than needed
+        opened.draft("RGB", (-(-least * width // side), -(-least * height // side)))
         opened.load()
+        shrunk = opened.width / width
         try:
             turn = _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
         except Exception:  # a broken EXIF block says nothing about the pixels
             turn = None
-        image = _rgb(opened, background)
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
-    image = image.resize((size, size), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+        image = _rgb(opened, frame.background)
     if turn is not None:
         image = image.transpose(turn)
-    return np.asarray(image)
+        if turn not in (_TURNS[2], _TURNS[3], _TURNS[4]):
+            width, height = height, width
+    return _square(image, (width, height), shrunk, frame)
+
+
+def from_pixels(
+    pixels: np.ndarray,  # [H, W] or [H, W, 1, 3 or 4] bool, uint8, uint16, or floats from 0 to 1
+    frame: Frame,
+) -> np.ndarray:  # [size, size, 3] uint8
+    """The same from pixels. Raises ValueError for floats beyond 0 to 1 and where the crop does not fit."""
+    if pixels.dtype == np.uint16:
+        pixels = ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    elif pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * 255
+    elif pixels.dtype.kind == "f":
+        if not (pixels >= 0).all() or not (pixels <= 1).all():
+            raise ValueError("floats beyond 0 to 1")
+        pixels = np.rint(pixels.astype(np.float64) * 255).astype(np.uint8)
+    image = _rgb(Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels), frame.background)
+    return _square(image, image.size, 1.0, frame)
+
+
+def _square(image: Image.Image, size: tuple[int, int], shrunk: float, frame: Frame) -> np.ndarray:
+    """Crops and scales a picture, of `size` pixels before it was decoded at `shrunk` times that size."""
+    width, height = size
+    side = frame.crop[-1] if frame.crop else min(width, height)
+    left, top = frame.crop[:2] if len(frame.crop) == 3 else ((width - side) // 2, (height - side) // 2)
+    if left < 0 or top < 0 or left + side > width or top + side > height:
+        raise ValueError(f"{width} x {height} pixels: the crop does not fit")
+    right, bottom = min((left + side) * shrunk, image.width), min((top + side) * shrunk, image.height)
+    box = (left * shrunk, top * shrunk, right, bottom)
+    resized = image.resize((frame.size, frame.size), FILTERS[frame.filter], box, reducing_gap=3.0)
+    return np.asarray(resized)
 
 
 def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -95,30 +143,13 @@ def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     return image.convert("RGB")
 
 
-@functools.lru_cache(maxsize=1)
-def _archive(path: str, stamp: tuple[int, int]) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)  # kept open: a large directory is read once a process
-
-
-def _member(archive: zipfile.ZipFile, index: int) -> bytes:
-    info = archive.infolist()[index]
-    if info.flag_bits & 1:
-        raise ValueError("encrypted")
-    if info.file_size > MOST_BYTES:
-        raise ValueError(f"larger than {MOST_BYTES >> 30} GiB")
-    return archive.read(info)
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not a PNG, JPEG or WebP image"  # Pillow's own text holds an address in memory
+        return "not a PNG, JPEG, WebP or GIF image"  # Pillow's own text holds an address in memory
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())[:200]
-    return (
-        text
-        if text and isinstance(error, (OSError, SyntaxError, ValueError))
-        else f"{type(error).__name__} {text}".strip()
-    )
+    plain = isinstance(error, (OSError, SyntaxError, ValueError, zlib.error))
+    return text if text and plain else f"{type(error).__name__} {text}".strip()

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -17,7 +18,8 @@ from tqdm import tqdm
 from maskdiff.durable import sync
 from maskdiff.errors import UserError
 from maskdiff.packing import workers as processes
-from maskdiff.packing.layout import Chunk, stride_of
+from maskdiff.packing.journal import JOURNAL, Entry, Journal
+from maskdiff.packing.layout import Chunk, Shape
 from maskdiff.packing.manifest import BLOCK, IMAGES, LABELS, MANIFEST, SPLIT, Manifest
 
 
@@ -35,7 +37,7 @@ class Source(Protocol):
 
     def recipe(self) -> dict[str, Any]: ...  # what the pixels depend on, beside image size and patch; JSON
 
-    def jobs(self, image_size: int, patch: int) -> Iterable[Any]: ...
+    def jobs(self, image_size: int, patch: int, start: int = 0) -> Iterable[Any]: ...  # from the job `start` on
 
 
 def check_geometry(image_size: int, patch: int) -> None:
@@ -55,12 +57,14 @@ def pack(
     patch: int,
     heldout: float = 0.02,  # share of images held out of training
     workers: int | None = None,  # processes; None: one per processor
-) -> None:
+    dedupe: bool = False,  # leaves out images that equal an earlier one
+) -> Manifest:
     """Writes a packed set of all images of a source to the folder `target`, which must not exist.
 
-    It is written under another name and renamed at the end, so `target` is complete or absent. The bytes do not depend
-    on the number of workers. Files that cannot be decoded go to the manifest's rejects and are warned of in one line.
-    Raises UserError: no usable image, no space left, an image size that patches do not tile.
+    It grows beside it under another name and is renamed at the end, so `target` is complete or absent. What a kill or a
+    full disk leaves there is gone on from by the next call for the same data. The bytes depend neither on the number of
+    workers nor on interruptions. Files that cannot be decoded go to the manifest's rejects and are warned of in one
+    line, equal images likewise. Raises UserError: no usable image, no space left, a size that patches do not tile.
     """
     check_geometry(image_size, patch)
     if target.exists():
@@ -69,40 +73,41 @@ def pack(
         raise UserError(f"heldout is a share from 0 to below 1, got {heldout}")
     started = time.perf_counter()
     partial = target.with_name(f".{target.name}.partial")
-    stride = stride_of(image_size, source.channels, patch)
+    shape = Shape(image_size, source.channels, patch)
+    recipe = source.recipe() | {"heldout": heldout, "dedupe": dedupe}
     with _write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        free, needed = shutil.disk_usage(target.parent).free, source.count * (stride + 16)
-        if needed > free:
-            raise UserError(
-                f"{str(target)!r} needs {needed:,} bytes and {free:,} are free there; make room or set MASKDIFF_CACHE"
-            )
-        partial.mkdir()
-    try:
-        with contextlib.closing(_Writer(partial, source)) as writer:
-            with contextlib.closing(_chunks(source, image_size, patch, workers)) as chunks:
-                for chunk in chunks:
-                    with _write_errors(target):
-                        writer.add(chunk)
-            if not writer.count:
-                raise UserError(f"no usable image in {source.name!r}: {_first(writer.rejects)}")
-            with _write_errors(target):
-                manifest = writer.finish(image_size, patch, stride, heldout)
+        partial.mkdir(parents=True, exist_ok=True)
+        writer = _Writer(partial, source, shape, recipe)
+    with contextlib.closing(writer):
+        before = writer.count + len(writer.rejects)
+        if writer.jobs:
+            print(f"going on with {target.name}: {writer.count:,} images are packed already", file=sys.stderr)
+        _check_room(target, (source.count - writer.count) * (shape.stride + 16))
+        with contextlib.closing(_chunks(source, shape, writer.jobs, before, workers)) as chunks:
+            for chunk in chunks:
+                with _write_errors(target):
+                    writer.add(chunk, dedupe)
+        if not writer.count:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"no usable image in {source.name!r}: {_first(writer.rejects)}")
         with _write_errors(target):
+            manifest = writer.finish(heldout)
             os.rename(partial, target)
             sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     took = time.perf_counter() - started
-    rate = f"{took:.1f} s ({manifest.count / took:,.0f} images/s)"
+    rate = f"{took:.1f} s ({(manifest.count + len(manifest.rejects) - before) / took:,.0f} images/s)"
     print(f"packed {manifest.count:,} images of {image_size} px in {rate}: {target}", file=sys.stderr)
+    listed = f"all are listed in {target / MANIFEST}"
     if manifest.rejects:
+        print(f"warning: {source.name}: left out {_first(writer.rejects)}; {listed}", file=sys.stderr)
+    if manifest.copies:
+        names = ", ".join(f"{name!r} ({of!r})" for name, of in manifest.copies[:3])
         print(
-            f"warning: {source.name}: left out {_first(writer.rejects)}; all are listed in {target / MANIFEST}",
+            f"warning: {source.name}: {len(manifest.copies):,} of the images equal an earlier one: {names}"
+            f"{', ...' if len(manifest.copies) > 3 else ''}; {listed}; maskdiff.pack --dedupe leaves them out",
             file=sys.stderr,
         )
+    return manifest
 
 
 @contextlib.contextmanager
@@ -120,37 +125,80 @@ def locked(target: Path) -> Iterator[None]:
         yield
 
 
-def _chunks(source: Source, image_size: int, patch: int, workers: int | None) -> Generator[Chunk]:
+def _check_room(target: Path, needed: int) -> None:
+    with _write_errors(target):
+        free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise UserError(
+            f"{str(target)!r} needs {needed:,} bytes and {free:,} are free there; make room or set MASKDIFF_CACHE"
+        )
+
+
+def _chunks(source: Source, shape: Shape, start: int, before: int, workers: int | None) -> Generator[Chunk]:
     count = processes.available() if workers is None else workers
     if workers is None and source.count < 400:
         count = 1  # done before a process has started
-    bar = tqdm(total=source.count, desc=f"packing {source.name}", unit=" images", disable=None, leave=False)
+    jobs = source.jobs(shape.image_size, shape.patch, start)
+    total = max(source.count, before)
+    bar = tqdm(total=total, initial=before, desc=f"packing {source.name}", unit=" images", disable=None, leave=False)
     with bar:
-        for chunk in processes.ordered_map(source.run, source.jobs(image_size, patch), count):
+        for chunk in processes.ordered_map(source.run, jobs, count):
             yield chunk
             bar.update(len(chunk.rows) + len(chunk.rejects))
 
 
 class _Writer:
-    """The files of one packed set, while they grow."""
+    """The files of one packed set, while they grow. Goes on with what an earlier writer of the same set left."""
 
-    def __init__(self, folder: Path, source: Source) -> None:
-        self.folder, self.source = folder, source
-        self.count = 0
+    def __init__(self, folder: Path, source: Source, shape: Shape, recipe: dict[str, Any]) -> None:
+        self._folder, self._source, self._shape, self._recipe = folder, source, shape, recipe
+        self.count, self.jobs = 0, 0  # images, jobs that are done
         self.rejects = list(source.rejects)
-        self._images = open(folder / IMAGES, "wb")  # noqa: SIM115 (open until finish)
+        self._copies: list[tuple[str, str]] = []
         self._whole, self._block, self._filled = hashlib.sha256(), hashlib.sha256(), 0
         self._blocks: list[str] = []
         self._keys: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
+        self._names: dict[int, str] = {}  # the first image of each key
+        identity = json.dumps([recipe, shape, list(source.labels.items())], sort_keys=True)
+        self._images = open(folder / IMAGES, "a+b")  # noqa: SIM115 (open until finish)
+        self._images.seek(0)
+        journal = Journal.resume(folder, identity, self._images, shape, len(source.labels), self._take)
+        if journal is None:
+            self._images.truncate(0)
+            journal = Journal.start(folder, identity)
+        self._journal = journal
 
-    def add(self, chunk: Chunk) -> None:
-        self.rejects += chunk.rejects
-        self.count += len(chunk.rows)
-        self._keys.append(chunk.keys)
-        self._labels.append(chunk.labels)
-        left = chunk.rows.reshape(-1).data
-        self._images.write(left)
+    def add(self, chunk: Chunk, dedupe: bool) -> None:
+        """Writes a job's images, but for copies of earlier ones where `dedupe` is set."""
+        copies, kept = [], []
+        for i, (key, name) in enumerate(zip(chunk.keys.tolist(), chunk.names, strict=True)):
+            if key in self._names:
+                copies.append((name, self._names[key]))
+            else:
+                self._names[key] = name
+            if not (dedupe and copies and copies[-1][0] == name):
+                kept.append(i)
+        rejects = [*chunk.rejects, *((name, f"a copy of {first}") for name, first in copies if dedupe)]
+        entry = Entry(
+            chunk.keys[kept], chunk.labels[kept], [chunk.names[i] for i in kept], rejects, [] if dedupe else copies
+        )
+        rows = chunk.rows if len(kept) == len(chunk.rows) else chunk.rows[kept]
+        self._images.write(rows.reshape(-1).data)
+        self._take(rows, entry)
+        self._journal.add(entry)
+
+    def _take(self, rows: np.ndarray, entry: Entry) -> None:
+        """Counts in what has been written."""
+        self.jobs += 1
+        self.count += len(rows)
+        self.rejects += entry.rejects
+        self._copies += entry.copies
+        self._keys.append(entry.keys)
+        self._labels.append(entry.labels)
+        for key, name in zip(entry.keys.tolist(), entry.names, strict=True):
+            self._names.setdefault(key, name)
+        left = rows.reshape(-1).data
         self._whole.update(left)
         while left:
             part = left[: BLOCK - self._filled]
@@ -160,42 +208,49 @@ class _Writer:
             if self._filled == BLOCK:
                 self._end_block()
 
-    def finish(self, image_size: int, patch: int, stride: int, heldout: float) -> Manifest:
+    def finish(self, heldout: float) -> Manifest:
+        """Writes the other files; all is on disk when it returns."""
         if self._filled:
             self._end_block()
         self._images.flush()
         os.fsync(self._images.fileno())
-        self._images.close()
-        split = _split(np.concatenate(self._keys), heldout)
-        files = {IMAGES: {"bytes": self.count * stride, "sha256": self._whole.hexdigest()}}
-        for name, array in ((LABELS, np.concatenate(self._labels)), (SPLIT, split)):
-            path = self.folder / name
+        self.close()
+        split, labels = _split(np.concatenate(self._keys), heldout), np.concatenate(self._labels)
+        files = {IMAGES: {"bytes": self.count * self._shape.stride, "sha256": self._whole.hexdigest()}}
+        for name, array in ((LABELS, labels), (SPLIT, split)):
+            path = self._folder / name
             np.save(path, array)
             sync(path)
             content = path.read_bytes()
             files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        classes = list(self._source.labels.values())
+        counts = [np.bincount(labels[:, a] + 1, minlength=len(names) + 1) for a, names in enumerate(classes)]
         manifest = Manifest(
             count=self.count,
-            image_size=image_size,
-            channels=self.source.channels,
-            patch=patch,
-            stride=stride,
-            label_names=list(self.source.labels),
-            class_names=list(self.source.labels.values()),
+            image_size=self._shape.image_size,
+            channels=self._shape.channels,
+            patch=self._shape.patch,
+            stride=self._shape.stride,
+            label_names=list(self._source.labels),
+            class_names=classes,
+            class_counts=[[int(number) for number in [*count[1:], count[0]]] for count in counts],
             heldout=int(split.sum()),
-            recipe=self.source.recipe() | {"heldout": heldout},
+            recipe=self._recipe,
             rejects=[list(reject) for reject in self.rejects],
+            copies=[list(copy) for copy in self._copies],
             files=files,
             blocks=self._blocks,
         )
-        manifest.write(self.folder / MANIFEST)
-        sync(self.folder / MANIFEST)
-        sync(self.folder)
+        manifest.write(self._folder / MANIFEST)
+        sync(self._folder / MANIFEST)
+        (self._folder / JOURNAL).unlink()
+        sync(self._folder)
         return manifest
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk has been told of already
-            self._images.close()
+        for file in (self._images, self._journal):
+            with contextlib.suppress(OSError):  # a full disk has been told of already
+                file.close()
 
     def _end_block(self) -> None:
         self._blocks.append(self._block.hexdigest())
@@ -229,5 +284,5 @@ def _write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = "make room there, or set MASKDIFF_CACHE to another folder"
+        where = "make room there (what is packed is kept and gone on from), or set MASKDIFF_CACHE to another folder"
         raise UserError(f"cannot write the packed set {str(target)!r}: {error.strerror or error}; {where}") from error
