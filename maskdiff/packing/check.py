@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maskdiff.errors import UserError
-from maskdiff.packing.manifest import BLOCK, IMAGES, LABELS, SPLIT, Manifest
+from maskdiff.packing.manifest import BLOCK, IMAGES, LABELS, SPLIT, Manifest, class_counts
 
 
 def checked(folder: Path) -> tuple[Manifest, np.ndarray, np.ndarray]:
@@ -29,6 +29,8 @@ def checked(folder: Path) -> tuple[Manifest, np.ndarray, np.ndarray]:
     classes = np.array([len(names) for names in manifest.class_names], np.int32)
     if (labels < -1).any() or (labels >= classes).any():
         raise UserError(f"{str(folder / LABELS)!r} names classes that the manifest lacks; pack the images again")
+    if class_counts(labels, manifest.class_names) != manifest.class_counts:
+        raise UserError(f"{str(folder / LABELS)!r} does not fit the manifest; pack the images again")
     if split.max() > 1 or int(split.sum()) != manifest.heldout:
         raise UserError(f"{str(folder / SPLIT)!r} does not fit the manifest; pack the images again")
     return manifest, labels, split

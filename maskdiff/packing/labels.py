@@ -66,7 +66,7 @@ def from_columns(columns: Mapping[str, tuple[Sequence[Any], Sequence[str] | None
                 raise UserError(f"no picture has a label in {attribute!r}; give labels none")
             if len(numbers) > MOST_CLASSES:
                 raise UserError(f"{attribute!r} has {len(numbers):,} different values: it holds no classes")
-            of = {key: number for number, key in enumerate(numbers)}
+            of: dict[Any, int] = {key: number for number, key in enumerate(numbers)}
             ids = [of.get(_key(attribute, value), -1) for value in values]
             names[attribute] = [str(key) for key in numbers]
         else:

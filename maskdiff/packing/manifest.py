@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from maskdiff.errors import UserError
 from maskdiff.packing.layout import Shape
 
@@ -121,6 +123,15 @@ class Manifest:
         if self.files[IMAGES]["bytes"] != size:
             return "files"
         return None if _is_texts(self.blocks) and len(self.blocks) == -(-size // BLOCK) else "blocks"
+
+
+def class_counts(
+    labels: np.ndarray,  # [N, A] int32, -1 where missing
+    class_names: list[list[str]],  # A lists
+) -> list[list[int]]:  # A lists
+    """For each attribute, the number of images of each class, then of those without a label."""
+    counts = [np.bincount(labels[:, a] + 1, minlength=len(names) + 1) for a, names in enumerate(class_names)]
+    return [[*count[1:].tolist(), int(count[0])] for count in counts]
 
 
 def is_packed(path: Path) -> bool:

@@ -20,7 +20,7 @@ from maskdiff.errors import UserError
 from maskdiff.packing import workers as processes
 from maskdiff.packing.journal import JOURNAL, Entry, Journal
 from maskdiff.packing.layout import Chunk, Shape
-from maskdiff.packing.manifest import BLOCK, IMAGES, LABELS, MANIFEST, SPLIT, Manifest
+from maskdiff.packing.manifest import BLOCK, IMAGES, LABELS, MANIFEST, SPLIT, Manifest, class_counts
 
 
 class Source(Protocol):
@@ -224,7 +224,6 @@ class _Writer:
             content = path.read_bytes()
             files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         classes = list(self._source.labels.values())
-        counts = [np.bincount(labels[:, a] + 1, minlength=len(names) + 1) for a, names in enumerate(classes)]
         manifest = Manifest(
             count=self.count,
             image_size=self._shape.image_size,
@@ -233,7 +232,7 @@ class _Writer:
             stride=self._shape.stride,
             label_names=list(self._source.labels),
             class_names=classes,
-            class_counts=[[int(number) for number in [*count[1:], count[0]]] for count in counts],
+            class_counts=class_counts(labels, classes),
             heldout=int(split.sum()),
             recipe=self._recipe,
             rejects=[list(reject) for reject in self.rejects],

@@ -17,8 +17,8 @@ from PIL import Image
 from maskdiff import data
 from maskdiff.data import open_packed, prepare
 from maskdiff.errors import UserError
-from maskdiff.packing.files import FileSource
 from maskdiff.packing.manifest import Manifest, _sha256
+from maskdiff.packing.sources import Options, open_source
 from maskdiff.packing.writer import pack
 from maskdiff_kernels import Mask, draw_batch, noisy_patches
 
@@ -43,7 +43,7 @@ def pictures(folder: Path, count: int, size: int) -> Path:
 @pytest.fixture
 def packed(tmp_path):
     """A packed set of ten noise pictures of 10 px in patches of 5: 300 bytes an image, 320 from one to the next."""
-    pack(FileSource(pictures(tmp_path / "pictures", 10, 10)), tmp_path / "set", 10, 5)
+    pack(open_source(str(pictures(tmp_path / "pictures", 10, 10)), Options()), tmp_path / "set", 10, 5)
     return tmp_path / "set"
 
 
@@ -205,9 +205,9 @@ def test_what_cannot_be_prepared_is_one_clear_line(spec, image_size, patch, mess
     assert "\n" not in str(raised.value) and not (tmp_path / "cache").exists()
 
 
-def test_a_file_that_is_no_zip_is_an_error(tmp_path):
+def test_a_file_that_is_no_source_is_an_error(tmp_path):
     (tmp_path / "one.png").write_bytes(png(picture(0, 8)))
-    with pytest.raises(UserError, match="one.png' is not a readable zip"):
+    with pytest.raises(UserError, match="one.png' is none of what can be read; give a folder, zip or tar"):
         prepare(tmp_path / "one.png", 8, 4)
 
 
@@ -251,7 +251,7 @@ def truncated(name: str, by: int):
         (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe"), "no JSON"),
         (lambda folder: (folder / "manifest.json").write_text("[" * 200_000), "no JSON"),
         (lambda folder: (folder / "manifest.json").write_text("[1]"), "not the manifest of a packed set"),
-        (replaced("manifest.json", b'"version": 1', b'"version": 2'), "version 2 of the packed format, .* reads 1"),
+        (replaced("manifest.json", b'"version": 2', b'"version": 1'), "version 1 of the packed format, .* reads 2"),
         (replaced("manifest.json", b'"count": 10', b'"count": 11'), "altered: its checksum"),
         (edited("count", 11), "contradicts itself in files"),
         (edited("count", True), "contradicts itself in count"),
@@ -298,10 +298,15 @@ def test_wrong_arrays_with_right_checksums_are_found(packed):
     replace("labels.npy", np.full((10, 1), 3, np.int32))
     edited("label_names", ["kind"])(packed)
     edited("class_names", [["a", "b", "c"]])(packed)
+    edited("class_counts", [[0, 0, 1, 9]])(packed)
     with pytest.raises(UserError, match="names classes that the manifest lacks"):
         open_packed(packed)
     replace("labels.npy", np.array([[-1]] * 9 + [[2]], np.int32))
     assert open_packed(packed).labels[-1].tolist() == [2]
+    edited("class_counts", [[0, 1, 0, 9]])(packed)
+    with pytest.raises(UserError, match="labels.npy' does not fit the manifest"):
+        open_packed(packed)
+    edited("class_counts", [[0, 0, 1, 9]])(packed)
     split = np.load(packed / "split.npy")
     replace("split.npy", split * 2)
     with pytest.raises(UserError, match="split.npy' does not fit"):
@@ -311,12 +316,13 @@ def test_wrong_arrays_with_right_checksums_are_found(packed):
 def test_every_hash_of_the_manifest_is_that_of_the_files(tmp_path, monkeypatch):
     import hashlib
 
+    from maskdiff.packing import check, writer
     from maskdiff.packing import manifest as module
-    from maskdiff.packing import writer
 
     monkeypatch.setattr(module, "BLOCK", 1000)
     monkeypatch.setattr(writer, "BLOCK", 1000)
-    pack(FileSource(pictures(tmp_path / "pictures", 10, 10)), tmp_path / "set", 10, 5)
+    monkeypatch.setattr(check, "BLOCK", 1000)
+    pack(open_source(str(pictures(tmp_path / "pictures", 10, 10)), Options()), tmp_path / "set", 10, 5)
     manifest = Manifest.read(tmp_path / "set")
     content = (tmp_path / "set" / "images.u8").read_bytes()
     assert manifest.blocks == [hashlib.sha256(content[at : at + 1000]).hexdigest() for at in range(0, 3200, 1000)]

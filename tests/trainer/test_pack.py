@@ -1,8 +1,11 @@
 """Decoding and packing: every mode of picture, crops, rejects, bytes that hang on no worker count, whole or absent."""
 
+import builtins
+import errno
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,8 +20,9 @@ from PIL import Image
 
 from maskdiff.errors import UserError
 from maskdiff.packing import decode, layout, workers
-from maskdiff.packing.files import FileSource
+from maskdiff.packing.look import Look
 from maskdiff.packing.manifest import Manifest
+from maskdiff.packing.sources import Options, open_source
 from maskdiff.packing.writer import _split, pack
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -32,7 +36,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 
 def decoded(content: bytes, size: int = 8) -> np.ndarray:
-    return decode.decode(io.BytesIO(content), size, BACKGROUND)
+    return decode.decode(content, decode.Frame(size, (), "lanczos", BACKGROUND))
 
 
 def noise(seed: int, size: int = 32) -> Image.Image:
@@ -133,8 +137,8 @@ def test_pictures_are_turned_as_their_exif_says(orientation):
 
 def test_rows_are_patch_major_and_padded():
     images = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), dtype=np.uint8)
-    rows = layout.chunk(images, np.zeros((3, 0), np.int32), 3).rows
-    assert rows.shape == (3, 128) and layout.stride_of(6, 3, 3) == 128  # 108 bytes of pixels
+    rows = layout.chunk(images, np.zeros((3, 0), np.int32), 3, ["a", "b", "c"]).rows
+    assert rows.shape == (3, 128) and layout.Shape(6, 3, 3).stride == 128  # 108 bytes of pixels
     patches = rows[:, :108].reshape(3, 4, 3, 3, 3)
     for i in range(3):
         for p in range(4):
@@ -149,13 +153,13 @@ def read(packed: Path) -> dict[str, bytes]:
 
 def test_bytes_do_not_depend_on_workers_or_on_folder_and_zip_beyond_the_recipe(folder, tmp_path):
     for count in (1, 2, 3):
-        pack(FileSource(folder), tmp_path / f"by{count}", 16, 4, workers=count)
+        pack(open_source(str(folder), Options()), tmp_path / f"by{count}", 16, 4, workers=count)
     assert read(tmp_path / "by1") == read(tmp_path / "by2") == read(tmp_path / "by3")
     archive = tmp_path / "pictures.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for path in sorted(folder.rglob("*"), reverse=True):
             file.write(path, path.relative_to(folder))
-    pack(FileSource(archive), tmp_path / "zipped", 16, 4, workers=2)
+    pack(open_source(str(archive), Options()), tmp_path / "zipped", 16, 4, workers=2)
     a, b = Manifest.read(tmp_path / "by1"), Manifest.read(tmp_path / "zipped")
     assert a.files == b.files and a.rejects == b.rejects and a.hash == b.hash
     assert a.recipe["kind"] == "folder" and b.recipe["kind"] == "zip"
@@ -164,13 +168,13 @@ def test_bytes_do_not_depend_on_workers_or_on_folder_and_zip_beyond_the_recipe(f
 def test_broken_files_are_left_out_and_told_of(folder, tmp_path, capsys):
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     os.mkfifo(folder / "pipe.png")
-    pack(FileSource(folder), tmp_path / "out", 16, 4)
+    pack(open_source(str(folder), Options()), tmp_path / "out", 16, 4)
     manifest = Manifest.read(tmp_path / "out")
     assert manifest.count == 12
     reasons = dict(manifest.rejects)
     assert set(reasons) == {"gone.png", "pipe.png", "part0/cut.png", "part1/empty.jpg", "part1/text.webp"}
     assert "truncated" in reasons["part0/cut.png"]
-    assert reasons["part1/text.webp"] == "not a PNG, JPEG or WebP image"
+    assert reasons["part1/text.webp"] == "not a PNG, JPEG, WebP or GIF image"
     assert reasons["pipe.png"] == "not a regular file"
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert "5 files" in line and "gone.png" in line and line.count("(") == 3
@@ -179,7 +183,7 @@ def test_broken_files_are_left_out_and_told_of(folder, tmp_path, capsys):
 def test_files_are_taken_in_the_order_of_their_names(folder, tmp_path):
     from maskdiff.data import open_packed
 
-    pack(FileSource(folder), tmp_path / "out", 32, 4)
+    pack(open_source(str(folder), Options()), tmp_path / "out", 32, 4)
     images = open_packed(tmp_path / "out").images(range(12))
     for at, i in enumerate([0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]):
         assert np.array_equal(images[at], np.asarray(noise(i)))
@@ -191,7 +195,7 @@ def test_only_broken_files_is_an_error_that_leaves_nothing(tmp_path):
     for i in range(5):
         (root / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(i))
     with pytest.raises(UserError, match=r"no usable image in 'broken': 5 files: '0.png' \(.*, \.\.\."):
-        pack(FileSource(root), tmp_path / "out" / "set", 16, 4)
+        pack(open_source(str(root), Options()), tmp_path / "out" / "set", 16, 4)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -200,15 +204,6 @@ def zipped(path: Path, members: dict[str, bytes]) -> Path:
         for name, content in members.items():
             file.writestr(name, content)
     return path
-
-
-def test_a_zip_is_never_unpacked_to_disk(tmp_path):
-    names = ["../../outside.png", "/absolute.png", "a/../b.png"]
-    archive = zipped(tmp_path / "odd.zip", {name: encoded(noise(i)) for i, name in enumerate(names)})
-    before = set(tmp_path.parent.rglob("*"))
-    pack(FileSource(archive), tmp_path / "out", 16, 4)
-    new = {path for path in set(tmp_path.parent.rglob("*")) - before if tmp_path / "out" not in (path, *path.parents)}
-    assert Manifest.read(tmp_path / "out").count == 3 and not new and not Path("/absolute.png").exists()
 
 
 def test_a_zip_with_damaged_and_encrypted_members(tmp_path):
@@ -221,7 +216,7 @@ def test_a_zip_with_damaged_and_encrypted_members(tmp_path):
     directory = content.index(b"PK\x01\x02", directory + 1)  # of 2.png
     content[directory + 8] |= 1  # says that it is encrypted
     archive.write_bytes(content)
-    pack(FileSource(archive), tmp_path / "out", 16, 4)
+    pack(open_source(str(archive), Options()), tmp_path / "out", 16, 4)
     manifest = Manifest.read(tmp_path / "out")
     assert manifest.count == 2 and [name for name, _ in manifest.rejects] == ["1.png", "2.png"]
     assert manifest.rejects[1][1] == "encrypted"
@@ -230,7 +225,7 @@ def test_a_zip_with_damaged_and_encrypted_members(tmp_path):
 def test_a_picture_of_too_many_pixels_is_a_reject(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     archive = zipped(tmp_path / "z.zip", {"a.png": encoded(noise(0, 16)), "bomb.png": encoded(noise(1, 64))})
-    pack(FileSource(archive), tmp_path / "out", 16, 4, workers=1)
+    pack(open_source(str(archive), Options()), tmp_path / "out", 16, 4, workers=1)
     assert Manifest.read(tmp_path / "out").rejects == [["bomb.png", "too many pixels"]]
 
 
@@ -251,31 +246,31 @@ def test_a_picture_of_too_many_pixels_is_a_reject(tmp_path, monkeypatch):
 def test_a_source_without_pictures_is_an_error(make, message, tmp_path):
     make(tmp_path / "data.zip")
     with pytest.raises(UserError, match=message):
-        FileSource(tmp_path / "data.zip")
+        open_source(str(tmp_path / "data.zip"), Options())
 
 
 def test_an_unknown_background_is_an_error(folder):
     with pytest.raises(UserError, match="'whiteish' is no colour"):
-        FileSource(folder, "whiteish")
+        open_source(str(folder), Options(Look(background="whiteish")))
 
 
 def test_links_that_lead_back_end(folder):
     (folder / "part0" / "again").symlink_to(folder)
-    assert FileSource(folder).count == 15
+    assert open_source(str(folder), Options()).count == 15
 
 
 def test_names_that_are_not_utf8(folder, tmp_path):
     odd = os.path.join(os.fsencode(folder), b"caf\xe9.png")
     with open(odd, "wb") as file:
         file.write(b"broken")
-    pack(FileSource(folder), tmp_path / "out", 16, 4)
+    pack(open_source(str(folder), Options()), tmp_path / "out", 16, 4)
     assert "caf\udce9.png" in dict(Manifest.read(tmp_path / "out").rejects)
 
 
 def test_an_existing_target_is_an_error(folder, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists"):
-        pack(FileSource(folder), tmp_path / "out", 16, 4)
+        pack(open_source(str(folder), Options()), tmp_path / "out", 16, 4)
 
 
 def test_split_follows_content():
@@ -301,10 +296,10 @@ def run(*arguments, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, arguments)], stderr=subprocess.PIPE, **options)
 
 
-def test_killed_half_way_nothing_is_left_and_the_next_try_succeeds(tmp_path):
+def test_killed_half_way_the_next_try_goes_on(tmp_path, capsys):
     from maskdiff import data
 
-    process = run("faces:100000", tmp_path, 2)
+    process = run("faces:1200", tmp_path, 2)
     for _ in range(600):
         written = list(tmp_path.glob(".faces*/images.u8"))
         if written and written[0].stat().st_size:
@@ -317,8 +312,117 @@ def test_killed_half_way_nothing_is_left_and_the_next_try_succeeds(tmp_path):
     time.sleep(2)  # the workers find their input ended
     commands = [Path(f"/proc/{pid}/cmdline") for pid in children]
     assert len(children) == 2 and not [path for path in commands if path.exists() and path.read_bytes()]
-    small = data.prepare("faces:50", 32, 4, cache=tmp_path)
-    assert len(small) == 50
+    resumed = data.prepare("faces:1200", 32, 4, cache=tmp_path)
+    assert re.search(r"going on with faces-1200.*: [\d,]+ images are packed already", capsys.readouterr().err)
+    assert read(resumed.path) == read(data.prepare("faces:1200", 32, 4, cache=tmp_path / "fresh").path)
+
+
+class Stopping:
+    """A source that is interrupted before some job."""
+
+    def __init__(self, source, stop: int) -> None:
+        self._source, self._stop = source, stop
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def jobs(self, image_size, patch, start=0):
+        for number, job in enumerate(self._source.jobs(image_size, patch, start), start):
+            if number == self._stop:
+                raise KeyboardInterrupt
+            yield job
+
+
+@pytest.fixture
+def many(tmp_path):
+    """200 small pictures in two classes, every ninth a copy of the one before it, some broken: four jobs."""
+    for i in range(200):
+        path = tmp_path / "many" / "ab"[i % 2] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"broken" if i % 50 == 4 else encoded(noise(i - (i % 9 == 8), 8)))
+    return open_source(str(tmp_path / "many"), Options())
+
+
+def nothing(partial: Path) -> None:
+    pass
+
+
+def cut(name: str, by: int):
+    return lambda partial: os.truncate(partial / name, (partial / name).stat().st_size - by)
+
+
+def flipped(name: str, at: int):
+    def flip(partial: Path) -> None:
+        content = bytearray((partial / name).read_bytes())
+        content[at] ^= 1
+        (partial / name).write_bytes(content)
+
+    return flip
+
+
+def grown(partial: Path) -> None:
+    with open(partial / "images.u8", "ab") as file:
+        file.write(b"rows that the journal does not know")
+
+
+@pytest.mark.parametrize("dedupe", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "goes_on"),
+    [
+        (nothing, True),
+        (cut("images.u8", 1), True),
+        (cut("journal", 1), True),
+        (cut("journal", 3000), True),
+        (grown, True),
+        (flipped("images.u8", -1), True),
+        (flipped("images.u8", 5), False),
+        (flipped("journal", 3), False),
+        (lambda partial: (partial / "images.u8").write_bytes(b""), False),
+        (lambda partial: (partial / "journal").unlink(), False),
+    ],
+)
+def test_what_a_crash_left_is_gone_on_from_as_far_as_it_is_whole(many, damage, goes_on, dedupe, tmp_path, capsys):
+    pack(many, tmp_path / "unbroken", 8, 4, dedupe=dedupe)
+    for stop in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            pack(Stopping(many, stop), tmp_path / "set", 8, 4, dedupe=dedupe)
+        assert not (tmp_path / "set").exists()
+    damage(tmp_path / ".set.partial")
+    capsys.readouterr()
+    pack(many, tmp_path / "set", 8, 4, dedupe=dedupe)
+    assert ("going on with set: " in capsys.readouterr().err) == goes_on
+    assert read(tmp_path / "set") == read(tmp_path / "unbroken") and not (tmp_path / ".set.partial").exists()
+
+
+def test_what_another_recipe_left_is_not_gone_on_from(many, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        pack(Stopping(many, 2), tmp_path / "set", 8, 4, heldout=0.5)
+    pack(many, tmp_path / "set", 8, 4)
+    pack(many, tmp_path / "unbroken", 8, 4)
+    assert read(tmp_path / "set") == read(tmp_path / "unbroken") and "going on" not in capsys.readouterr().err
+
+
+def test_copies_are_reported_or_left_out(many, tmp_path, capsys):
+    pack(many, tmp_path / "all", 8, 4)
+    assert "22 of the images equal an earlier one: 'b/" in capsys.readouterr().err
+    pack(many, tmp_path / "once", 8, 4, dedupe=True)
+    both, once = Manifest.read(tmp_path / "all"), Manifest.read(tmp_path / "once")
+    assert both.count == 196 and once.count == 174 and once.copies == [] and len(both.copies) == 22
+    assert [[name, f"a copy of {of}"] for name, of in both.copies] == [
+        reject for reject in once.rejects if reject[1].startswith("a copy")
+    ]
+    left = {name for name, _ in both.copies}
+    kept = [i for i, name in enumerate(names_of(many, both)) if name not in left]
+    images = [np.fromfile(tmp_path / name / "images.u8", np.uint8).reshape(-1, 192) for name in ("all", "once")]
+    assert np.array_equal(images[0][kept], images[1])
+    assert len(np.unique(images[1], axis=0)) == 174
+    labels = [np.load(tmp_path / name / "labels.npy") for name in ("all", "once")]
+    assert np.array_equal(labels[0][kept], labels[1])
+
+
+def names_of(source, manifest: Manifest) -> list[str]:
+    rejected = {name for name, _ in manifest.rejects}
+    return [item.name for job in source.jobs(8, 4) for item in job.items if item.name not in rejected]
 
 
 def test_a_stale_half_is_replaced(tmp_path):
@@ -328,6 +432,7 @@ def test_a_stale_half_is_replaced(tmp_path):
     partial = tmp_path / "b" / f".{first.path.name}.partial"
     partial.mkdir(parents=True)
     (partial / "images.u8").write_bytes(b"half")
+    (partial / "journal").write_bytes(b"no line\n")
     again = data.prepare("faces:20", 32, 4, cache=tmp_path / "b")
     assert read(first.path) == read(again.path) and not partial.exists()
 
@@ -343,7 +448,51 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_was_there(tmp_path):
     last = errors.decode().strip().splitlines()[-1]
     assert process.returncode and "UserError: cannot write the packed set" in last and "MASKDIFF_CACHE" in last
     [kept] = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
-    assert read(kept) == before and not list(tmp_path.glob(".*partial"))
+    assert read(kept) == before
+    limited = data.prepare("faces:400", 32, 4, cache=tmp_path)  # there is room now
+    assert read(limited.path) == read(data.prepare("faces:400", 32, 4, cache=tmp_path / "fresh").path)
+    assert not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.parametrize("name", ["images.u8", "journal", "labels.npy", "split.npy", "manifest.json"])
+def test_a_disk_that_is_full_at_any_file_keeps_what_is_packed(name, many, tmp_path, monkeypatch):
+    """Every write to this file fails, as it does on a full disk."""
+    pack(many, tmp_path / "unbroken", 8, 4)
+    real = builtins.open
+
+    def full(path, *arguments, **options):
+        file = real(path, *arguments, **options)
+        if str(path).endswith(name) and file.writable():
+            text = isinstance(file, io.TextIOBase)
+            file = io.BufferedWriter(FullDisk())
+            return io.TextIOWrapper(file) if text else file
+        return file
+
+    with monkeypatch.context() as patch:
+        for module in (builtins, io):
+            patch.setattr(module, "open", full)
+        with pytest.raises(UserError, match="cannot write the packed set .*No space left on device.*make room"):
+            pack(many, tmp_path / "set", 8, 4)
+        assert not (tmp_path / "set").exists()
+    pack(many, tmp_path / "set", 8, 4)
+    assert read(tmp_path / "set") == read(tmp_path / "unbroken")
+
+
+class FullDisk(io.RawIOBase):
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, *place) -> int:
+        return 0
+
+    def truncate(self, size=None) -> int:
+        return 0
+
+    def write(self, content) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_no_room_is_told_before_any_work(folder, tmp_path, monkeypatch):
@@ -351,7 +500,7 @@ def test_no_room_is_told_before_any_work(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 9_000, 1000))
     with pytest.raises(UserError, match=r"needs [\d,]+ bytes and 1,000 are free"):
-        pack(FileSource(folder), tmp_path / "out", 32, 4)
+        pack(open_source(str(folder), Options()), tmp_path / "out", 32, 4)
     assert not (tmp_path / "out").exists()
 
 
