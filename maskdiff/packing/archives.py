@@ -100,7 +100,10 @@ def _members(path: Path) -> tuple[list[tarfile.TarInfo], bool]:
     try:
         archive, compressed = tarfile.open(path, "r:"), False  # noqa: SIM115 (closed below)
     except tarfile.ReadError:
-        archive, compressed = tarfile.open(path, "r:*"), True
+        try:
+            archive, compressed = tarfile.open(path, "r:*"), True  # noqa: SIM115
+        except tarfile.ReadError:
+            raise ValueError("neither a plain tar nor a compressed one") from None
     with archive:
         members = list(archive)
         assert archive.fileobj is not None
@@ -121,7 +124,8 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Broke
 
 
 def _wanted(name: str) -> bool:
-    folders = name.replace("\\", "/").split("/")[:-1]
+    name = name.replace("\\", "/")
+    folders = name.split("/")[:-1]
     return is_picture(name) and all(is_shown(folder) or folder in (".", "..") for folder in folders)
 
 

@@ -1,6 +1,7 @@
 """Pixels in .npy and .npz files."""
 
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,7 @@ def _opened(path: Path, kind: str) -> dict[str, Any]:
             return {name: arrays[name] for name in arrays.files}
     except _ERRORS as error:
         text = str(error) or type(error).__name__
-        hint = "arrays of objects are not read" if "pickle" in text.lower() else text
+        hint = "arrays of objects are not read" if re.search("pickle|object", text) else text
         raise UserError(f"{str(path)!r} is not a readable .{kind} file: {hint}") from None
 
 
