@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 import types
 from collections.abc import Mapping
@@ -147,7 +146,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
         raise UserError(f"configuration {str(path)!r} is not text; give a .json or .toml file") from None
     try:
         values = _toml(text, path) if path.suffix == ".toml" else json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"configuration {str(path)!r} is not valid {path.suffix[1:] or 'JSON'}: {error}") from None
@@ -208,7 +207,8 @@ def _value(hint: Any, value: Any, base: Any, name: str, source: str) -> Any:
                 pairs = enumerate(zip(args, value, strict=True))
                 return tuple(_value(arg, item, None, f"{name}.{i}", source) for i, (arg, item) in pairs)
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and abs(value) <= sys.float_info.max:  # no infinity, no NaN, no whole number beyond all floats
             return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

@@ -115,8 +115,9 @@ class Manifest:
         for file in self.files.values():
             if (
                 not isinstance(file, dict)
-                or type(file.get("bytes")) is not int
-                or not isinstance(file.get("sha256"), str)
+                or set(file) != {"bytes", "sha256"}
+                or type(file["bytes"]) is not int
+                or not isinstance(file["sha256"], str)
             ):
                 return "files"
         size = self.count * self.stride
