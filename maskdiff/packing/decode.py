@@ -23,6 +23,7 @@ FILTERS = {
 }
 
 _ORIENTATION = 0x0112
+_EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow looks for it
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -82,18 +83,14 @@ def decode(content: bytes, frame: Frame) -> np.ndarray:
     """
     if not content:
         raise ValueError("an empty file")
-    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-        width, height = opened.size
-        side = frame.crop[-1] if frame.crop else min(width, height)
-        least = 2 * frame.size  # a JPEG is decoded no larger than needed
-        opened.draft("RGB", (-(-least * width // side), -(-least * height // side)))
-        opened.load()
-        shrunk = opened.width / width
-        try:
-            turn = _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
-        except Exception:  # a broken EXIF block says nothing about the pixels
-            turn = None
-        image = _rgb(opened, frame.background)
+    opened = Image.open(io.BytesIO(content), formats=FORMATS)
+    width, height = opened.size
+    side = frame.crop[-1] if frame.crop else min(width, height)
+    least = 2 * frame.size  # a JPEG is decoded no larger than needed
+    opened.draft("RGB", (-(-least * width // side), -(-least * height // side)))
+    opened.load()
+    shrunk, turn = opened.width / width, _turn(opened)
+    image = _rgb(opened, frame.background)
     if turn is not None:
         image = image.transpose(turn)
         if turn not in (_TURNS[2], _TURNS[3], _TURNS[4]):
@@ -131,16 +128,26 @@ def _square(image: Image.Image, size: tuple[int, int], shrunk: float, frame: Fra
     return np.asarray(resized)
 
 
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What sets a loaded picture upright."""
+    if _EXIF.isdisjoint(image.info):
+        return None
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return None
+
+
 def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit gray: converted by Pillow it would be clipped, not scaled
         gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray(((gray * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         base = Image.new("RGB", image.size, background)
-        base.paste(image, mask=image.getchannel("A"))
+        base.paste(image, mask=image)
         return base
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _reason(error: Exception) -> str:

@@ -35,7 +35,7 @@ class Manifest:
     rejects: list[list[str]]  # (name, reason)
     copies: list[list[str]]  # (name, name of the equal image before it)
     files: dict[str, dict[str, Any]]  # name -> {bytes, sha256}
-    blocks: list[str]  # SHA-256 of each BLOCK bytes of images.u8
+    blocks: list[str]  # SHA-256 of images.u8 up to each BLOCK bytes of it, and of all
 
     @property
     def hash(self) -> str:

@@ -155,7 +155,7 @@ class _Writer:
         self.count, self.jobs = 0, 0  # images, jobs that are done
         self.rejects = list(source.rejects)
         self._copies: list[tuple[str, str]] = []
-        self._whole, self._block, self._filled = hashlib.sha256(), hashlib.sha256(), 0
+        self._hash, self._hashed = hashlib.sha256(), 0
         self._blocks: list[str] = []
         self._keys: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
@@ -199,24 +199,24 @@ class _Writer:
         for key, name in zip(entry.keys.tolist(), entry.names, strict=True):
             self._names.setdefault(key, name)
         left = rows.reshape(-1).data
-        self._whole.update(left)
         while left:
-            part = left[: BLOCK - self._filled]
-            self._block.update(part)
-            self._filled += len(part)
+            part = left[: BLOCK - self._hashed % BLOCK]
+            self._hash.update(part)
+            self._hashed += len(part)
             left = left[len(part) :]
-            if self._filled == BLOCK:
-                self._end_block()
+            if self._hashed % BLOCK == 0:
+                self._blocks.append(self._hash.hexdigest())
 
     def finish(self, heldout: float) -> Manifest:
         """Writes the other files; all is on disk when it returns."""
-        if self._filled:
-            self._end_block()
+        whole = self._hash.hexdigest()
+        if self._hashed % BLOCK:
+            self._blocks.append(whole)
         self._images.flush()
         os.fsync(self._images.fileno())
         self.close()
         split, labels = _split(np.concatenate(self._keys), heldout), np.concatenate(self._labels)
-        files = {IMAGES: {"bytes": self.count * self._shape.stride, "sha256": self._whole.hexdigest()}}
+        files = {IMAGES: {"bytes": self.count * self._shape.stride, "sha256": whole}}
         for name, array in ((LABELS, labels), (SPLIT, split)):
             path = self._folder / name
             np.save(path, array)
@@ -250,10 +250,6 @@ class _Writer:
         for file in (self._images, self._journal):
             with contextlib.suppress(OSError):  # a full disk has been told of already
                 file.close()
-
-    def _end_block(self) -> None:
-        self._blocks.append(self._block.hexdigest())
-        self._block, self._filled = hashlib.sha256(), 0
 
 
 def _split(

@@ -325,6 +325,22 @@ def test_every_hash_of_the_manifest_is_that_of_the_files(tmp_path, monkeypatch):
     pack(open_source(str(pictures(tmp_path / "pictures", 10, 10)), Options()), tmp_path / "set", 10, 5)
     manifest = Manifest.read(tmp_path / "set")
     content = (tmp_path / "set" / "images.u8").read_bytes()
-    assert manifest.blocks == [hashlib.sha256(content[at : at + 1000]).hexdigest() for at in range(0, 3200, 1000)]
+    assert manifest.blocks == [hashlib.sha256(content[:end]).hexdigest() for end in (1000, 2000, 3000, 3200)]
     for name, file in manifest.files.items():
         assert hashlib.sha256((tmp_path / "set" / name).read_bytes()).hexdigest() == file["sha256"]
+
+
+def test_verify_finds_an_altered_pixel_and_where(tmp_path, monkeypatch):
+    from maskdiff.packing import check, writer
+    from maskdiff.packing import manifest as module
+
+    for place in (module, check, writer):
+        monkeypatch.setattr(place, "BLOCK", 1000)
+    pack(open_source(str(pictures(tmp_path / "pictures", 10, 10)), Options()), tmp_path / "set", 10, 5)
+    assert check.verify(tmp_path / "set").count == 10
+    content = (tmp_path / "set" / "images.u8").read_bytes()
+    for at, images in ((0, "0 to 3"), (999, "0 to 3"), (1000, "3 to 6"), (3199, "9 to 9")):  # the last is padding
+        (tmp_path / "set" / "images.u8").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        open_packed(tmp_path / "set")  # takes no look at pixels
+        with pytest.raises(UserError, match=f"images.u8' was altered, first among images {images}; pack again"):
+            check.verify(tmp_path / "set")

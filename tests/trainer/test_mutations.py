@@ -4,6 +4,7 @@ Each test tries MASKDIFF_MUTATIONS examples (default 80, always the same; 5000 i
 smallest one that fails.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -44,7 +45,7 @@ JUNK = st.sampled_from(
     [None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**31, 2**63, 10**400, -(10**400), 0.0, 0.5, -1.5, 1e308, "", "x", "0",
      "-1", "dense", "\ud800", "\0", "../..", "é" * 300, [], [[]], {}, {"a": 1}, [None], [0], ["x", "y"], float("nan"),
      float("inf")]
-)  # fmt: skip
+).map(copy.deepcopy)  # fmt: skip
 
 
 @st.composite

@@ -539,3 +539,79 @@ def test_real_pictures(name, count, tmp_path):
     assert (corners == 255).all(axis=(1, 2)).mean() > 0.5  # transparent corners became white
     different = len(np.unique(images.reshape(len(images), -1), axis=0))
     assert images.std(axis=(1, 2, 3)).min() > 0 and different > 0.95 * len(images)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `maskdiff pack` in this process; gives its exit status and what it printed."""
+    from maskdiff import pack as module
+    from maskdiff.errors import run_command
+
+    def command(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["maskdiff pack", *map(str, words)])
+        status = 0
+        try:
+            run_command(module.main)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return command
+
+
+def test_the_command_packs_checks_and_shows(folder, tmp_path, command):
+    out, sheet = tmp_path / "out", tmp_path / "sheets" / "sheet.png"
+    status, said, errors = command(folder, out, "--image-size", 16, "--labels", "folders", "--dedupe", "--workers", 2)
+    assert (
+        status == 0
+        and "12 images of 16 px, patch 4, 1 held out, 3 rejects, 0 copies, labels: class (2 classes)" in said
+    )
+    assert "warning: pictures: left out 3 files: " in errors
+    assert Manifest.read(out).recipe["dedupe"] is True
+    status, said, _ = command(out, "--verify", "--show", sheet)
+    assert status == 0 and "all is as it was packed: 12 images" in said
+    with Image.open(sheet) as shown:
+        pixels = np.asarray(shown.convert("RGB"))
+    first = np.fromfile(out / "images.u8", np.uint8).reshape(12, -1)[:1]
+    expected = layout.Shape(16, 3, 4).images(first)[0].repeat(4, 0).repeat(4, 1)  # 64 px on the sheet
+    assert np.array_equal(pixels[4:68, 4:68], expected)
+
+
+def test_the_command_takes_a_recipe_and_a_subset(folder, tmp_path, command):
+    assert command(folder, tmp_path / "out", "--crop", "celeba128", "--subset", "50%", "--labels", "none")[0] == 2
+    status, said, _ = command(folder, tmp_path / "out", "--crop", "centre:20", "--subset", "50%", "--labels", "none")
+    assert status == 0 and "images of 64 px" in said and "labels: none" in said
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.recipe["crop"] == [20] and manifest.recipe["subset"] == "50%" and manifest.count <= 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{folder}"], "give SOURCE OUT to pack, or a packed set with --verify or --show FILE"),
+        (["{folder}", "--verify"], "is no packed set: it has no manifest.json"),
+        (["{folder}", "{folder}"], "exists; remove it first"),
+        (["{folder}", "{tmp}/x", "--workers", "0"], "--workers is 0; give 1 or more"),
+        (["{folder}", "{tmp}/x", "--heldout", "1"], "heldout is a share from 0 to below 1"),
+        (["{folder}", "{tmp}/x", "--patch", "7"], "image size 64 is not divisible by patch 7"),
+        (["{folder}", "{tmp}/x", "--crop", "middle"], "no crop 'middle'"),
+        (["{folder}", "{tmp}/x", "--subset", "all"], "subset 'all' is no part"),
+        (["{tmp}/nowhere", "{tmp}/x"], "no data at "),
+        (["faces:3", "{tmp}/set", "--show", "{tmp}/sheet.jpg"], "give the name of a .png file"),
+    ],
+)
+def test_what_the_command_refuses_in_one_line(words, message, folder, tmp_path, command):
+    status, _, errors = command(*(word.format(folder=folder, tmp=tmp_path) for word in words))
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1 and message in lines[0] and not (tmp_path / "x").exists()
+
+
+def test_a_packed_set_is_not_packed_again(many, tmp_path, command):
+    pack(many, tmp_path / "set", 8, 4)
+    assert "is a packed set already" in command(tmp_path / "set", tmp_path / "again")[2]
+    content = bytearray((tmp_path / "set" / "images.u8").read_bytes())
+    content[100] ^= 1
+    (tmp_path / "set" / "images.u8").write_bytes(content)
+    status, _, errors = command(tmp_path / "set", "--verify")
+    assert status == 2 and "images.u8' was altered, first among images 0 to 195; pack again" in errors
