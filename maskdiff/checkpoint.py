@@ -111,7 +111,10 @@ def load_weights(run: str | os.PathLike, weights: str = "ema") -> tuple[Config, 
     tensors, meta = load(latest(Path(run)))
     prefix = "ema." if weights == "ema" else "master."
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return config_from_dict(meta.get("config"), source=str(run)), named, meta
+    config = meta.get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"{run} has a checkpoint without a configuration; use an earlier checkpoint")
+    return config_from_dict(config, source=str(run)), named, meta
 
 
 def _hash(path: Path) -> str:

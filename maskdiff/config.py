@@ -39,7 +39,7 @@ class DataConfig:
     """Images, and what is done to them."""
 
     path: str = "faces:20000"
-    """folder or zip of images, a packed set, or faces:N, faces-b:N, digits"""
+    """a packed set, a folder, zip or tar of images, Parquet, .npy, .npz, hf:NAME, or faces:N, faces-b:N, digits"""
     labels: bool = False
     """trains with the data's labels"""
     label_dropout: float = 0.1
@@ -48,6 +48,10 @@ class DataConfig:
     """share of samples that are mirrored left to right"""
     background: str = "white"
     """colour behind transparent images"""
+    crop: str = "centre"
+    """part of an image that is kept: centre, centre:SIDE, LEFT,TOP,SIDE, celeba64, celeba64-140, celeba128"""
+    subset: str | None = None
+    """so many of the images, 3000 or 10%, always the same; none: all"""
     heldout: float = 0.02
     """share of the images that is held out of training"""
 
@@ -253,7 +257,9 @@ def validate(config: Config) -> None:
     """Raises UserError for the first thing in a configuration that cannot work, in one line that says what to do."""
     _check_ranges(config)
     if not config.data.path:
-        raise UserError(f"preset {config.preset} has no images of its own; name a folder or zip of images with --data")
+        raise UserError(
+            f"preset {config.preset} has no images of its own; name a folder, an archive or a packed set with --data"
+        )
     if not config.stages:
         raise UserError("the run has no stages; give --stages, for example 'patch:0.75 x1000, dense x1000'")
     for number, stage in enumerate(config.stages):

@@ -87,6 +87,7 @@ def prepare(
     patch: int,
     background: str = "white",  # colour behind transparent pictures: a name or #rrggbb
     crop: str = "centre",  # which part of a picture is kept; see packing.look
+    subset: str | None = None,  # "3000" or "10%" of the pictures; None: all
     cache: str | Path | None = None,  # None: $MASKDIFF_CACHE, else ~/.cache/maskdiff
     workers: int | None = None,  # processes that decode; None: one per processor
     heldout: float = 0.02,  # share of the images held out of training
@@ -94,6 +95,7 @@ def prepare(
     """Opens data of any kind: "faces:N", "faces-b:N", "digits", any source of pictures, or a packed set.
 
     All but a packed set is packed into the cache the first time, under a key of its content and of how it is packed.
+    A packed set is taken as it is, with its own crop, background, subset and held-out images.
     Raises UserError where there is no usable image, and for sizes that do not fit.
     """
     check_geometry(image_size, patch)
@@ -103,7 +105,7 @@ def prepare(
         if packed.image_size != image_size:
             raise UserError(f"{str(spec)!r} holds images of {packed.image_size} px, the model wants {image_size}")
         return packed
-    source = source_of(str(spec), Options(Look(crop, background=background)))
+    source = source_of(str(spec), Options(Look(crop, background=background), subset=subset))
     recipe = [source.recipe(), image_size, patch, heldout]
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip(".")[:40]

@@ -1,6 +1,5 @@
 """Packed sets opened and prepared: pixels as the ops and as people see them, the cache, and all that can be wrong."""
 
-import io
 import json
 import os
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from picture_files import encoded, noise
 from PIL import Image
 
 from maskdiff import data
@@ -23,20 +23,10 @@ from maskdiff.packing.writer import pack
 from maskdiff_kernels import Mask, draw_batch, noisy_patches
 
 
-def picture(seed: int, size: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-
-
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 def pictures(folder: Path, count: int, size: int) -> Path:
     folder.mkdir()
     for i in range(count):
-        (folder / f"{i:03}.png").write_bytes(png(picture(i, size)))
+        (folder / f"{i:03}.png").write_bytes(encoded(noise(i, size)))
     return folder
 
 
@@ -54,7 +44,7 @@ def test_images_are_the_pictures(packed):
     for ids in ([3, 0, 9], torch.tensor([3, 0, 9]), range(2)):
         images = opened.images(ids)
         assert images.dtype == torch.uint8
-        assert np.array_equal(images.numpy(), np.stack([picture(int(i), 10) for i in ids]))
+        assert np.array_equal(images.numpy(), np.stack([noise(int(i), 10) for i in ids]))
 
 
 def test_the_store_is_mapped_strided_and_taken_by_the_ops(packed, recwarn):
@@ -67,7 +57,7 @@ def test_the_store_is_mapped_strided_and_taken_by_the_ops(packed, recwarn):
     batch = draw_batch(torch.tensor([5]), torch.arange(10), 10, (2, 2), Mask("patch", counts=(3,)), backend="reference")
     visible = noisy_patches(opened.store, batch, None, torch.tensor([5]), backend="reference")
     for row, image_id, keep in zip(visible, batch.image_ids, batch.keep_ids, strict=True):
-        whole = picture(int(image_id), 10)
+        whole = noise(int(image_id), 10)
         for values, place in zip(row, keep, strict=True):
             y, x = divmod(int(place), 2)
             expected = whole[5 * y : 5 * y + 5, 5 * x : 5 * x + 5].reshape(-1) * np.float32(2 / 255) - 1
@@ -119,10 +109,10 @@ def test_the_cache_is_used_again_and_keyed_by_content_and_recipe(tmp_path, monke
     others = [prepare(root, 16, 8, cache=cache), prepare(root, 8, 4, cache=cache)]
     others.append(prepare(root, 16, 4, background="black", cache=cache))
     others.append(prepare(root, 16, 4, heldout=0.5, cache=cache))
-    (root / "000.png").write_bytes(png(picture(77, 16)))
+    (root / "000.png").write_bytes(encoded(noise(77, 16)))
     others.append(prepare(root, 16, 4, cache=cache))
     assert len({first.path, *(other.path for other in others)}) == 6
-    assert np.array_equal(others[-1].images([0])[0].numpy(), picture(77, 16))
+    assert np.array_equal(others[-1].images([0])[0].numpy(), noise(77, 16))
 
 
 def test_the_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
@@ -206,7 +196,7 @@ def test_what_cannot_be_prepared_is_one_clear_line(spec, image_size, patch, mess
 
 
 def test_a_file_that_is_no_source_is_an_error(tmp_path):
-    (tmp_path / "one.png").write_bytes(png(picture(0, 8)))
+    (tmp_path / "one.png").write_bytes(encoded(noise(0, 8)))
     with pytest.raises(UserError, match="one.png' is none of what can be read; give a folder, zip or tar"):
         prepare(tmp_path / "one.png", 8, 4)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from picture_files import encoded, noise
 from PIL import Image
 
 from maskdiff.data import open_packed
@@ -26,13 +27,7 @@ SIDE = 16
 
 
 def picture(number: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
+    return Image.fromarray(noise(number, SIDE))
 
 
 GOOD = {format: encoded(picture(0), format, **({"lossless": True} if format == "WEBP" else {}))

@@ -1,4 +1,4 @@
-"""Decoding and packing: every mode of picture, crops, rejects, bytes that hang on no worker count, whole or absent."""
+"""Packing: rejects, copies, bytes that hang neither on workers nor on interruptions, whole or absent; the command."""
 
 import builtins
 import errno
@@ -16,31 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from picture_files import encoded, noise
 from PIL import Image
 
 from maskdiff.errors import UserError
-from maskdiff.packing import decode, layout, workers
+from maskdiff.packing import layout, workers
+from maskdiff.packing.check import verify
 from maskdiff.packing.look import Look
 from maskdiff.packing.manifest import Manifest
 from maskdiff.packing.sources import Options, open_source
 from maskdiff.packing.writer import _split, pack
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-BACKGROUND = (0, 128, 255)
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def decoded(content: bytes, size: int = 8) -> np.ndarray:
-    return decode.decode(content, decode.Frame(size, (), "lanczos", BACKGROUND))
-
-
-def noise(seed: int, size: int = 32) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
 @pytest.fixture
@@ -50,7 +37,7 @@ def folder(tmp_path):
     for i in range(12):
         path = root / f"part{i % 2}" / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(noise(i)))
+        path.write_bytes(encoded(noise(i, 32)))
     whole = (root / "part0" / "00.png").read_bytes()
     (root / "part0" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (root / "part1" / "empty.jpg").write_bytes(b"")
@@ -58,93 +45,6 @@ def folder(tmp_path):
     (root / "notes.txt").write_text("not looked at")
     (root / ".hidden.png").write_bytes(whole)
     return root
-
-
-def transparent_palette() -> Image.Image:
-    image = Image.new("P", (8, 8), 1)
-    image.putpalette([10, 20, 30, 200, 100, 50])
-    image.info["transparency"] = 1
-    return image
-
-
-def gray16(value: int) -> Image.Image:
-    return Image.fromarray(np.full((8, 8), value, np.uint16))
-
-
-@pytest.mark.parametrize(
-    ("content", "color", "slack"),
-    [
-        (encoded(Image.new("RGB", (8, 8), (1, 2, 3))), (1, 2, 3), 0),
-        (encoded(Image.new("RGBA", (8, 8), (200, 100, 50, 0))), BACKGROUND, 0),
-        (encoded(Image.new("RGBA", (8, 8), (200, 100, 50, 255))), (200, 100, 50), 0),
-        (encoded(Image.new("RGBA", (8, 8), (200, 0, 55, 51))), (40, 102, 215), 1),  # 51 / 255 = 0.2
-        (encoded(Image.new("LA", (8, 8), (90, 0))), BACKGROUND, 0),
-        (encoded(Image.new("LA", (8, 8), (90, 255))), (90, 90, 90), 0),
-        (encoded(Image.new("L", (8, 8), 77)), (77, 77, 77), 0),
-        (encoded(Image.new("L", (8, 8), 77), transparency=77), BACKGROUND, 0),
-        (encoded(Image.new("RGB", (8, 8), (9, 8, 7)), transparency=(9, 8, 7)), BACKGROUND, 0),
-        (encoded(Image.new("1", (8, 8), 1)), (255, 255, 255), 0),
-        (encoded(Image.new("P", (8, 8), 0)), (0, 0, 0), 0),
-        (encoded(transparent_palette(), transparency=1), BACKGROUND, 0),
-        (encoded(gray16(65535)), (255, 255, 255), 0),
-        (encoded(gray16(32768)), (128, 128, 128), 0),
-        (encoded(gray16(300)), (1, 1, 1), 0),
-        (encoded(Image.new("RGB", (64, 64), (200, 100, 50)), "JPEG", quality=95), (200, 100, 50), 3),
-        (encoded(Image.new("L", (64, 64), 60), "JPEG", quality=95), (60, 60, 60), 2),
-        (encoded(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), "JPEG", quality=95), (255, 0, 0), 6),
-        (encoded(Image.new("RGB", (8, 8), (200, 100, 50)), "WEBP", lossless=True), (200, 100, 50), 0),
-        (encoded(Image.new("RGBA", (8, 8), (200, 100, 50, 0)), "WEBP", lossless=True), BACKGROUND, 0),
-    ],
-)
-def test_every_mode_becomes_rgb(content, color, slack):
-    picture = decoded(content)
-    assert picture.shape == (8, 8, 3) and picture.dtype == np.uint8
-    assert np.abs(picture.astype(int) - color).max() <= slack
-
-
-@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (9, 25), (80, 240)])
-def test_the_centre_square_is_kept(shape):
-    height, width = shape
-    side = min(shape)
-    pixels = np.zeros((height, width, 3), np.uint8)
-    top, left = (height - side) // 2, (width - side) // 2
-    pixels[top : top + side, left : left + side] = 255
-    picture = decoded(encoded(Image.fromarray(pixels)))
-    # the filter reaches a little beyond the square, as where one scales first and crops then; a pixel's shift gives 0
-    assert picture[1:-1, 1:-1].min() >= 250 and picture.min() >= 200
-
-
-def test_what_has_the_right_size_is_not_touched():
-    image = noise(0)
-    assert np.array_equal(decoded(encoded(image), 32), np.asarray(image))
-
-
-def test_downscaling_is_antialiased():
-    lines = np.zeros((64, 64, 3), np.uint8)
-    lines[::2] = 255
-    assert np.abs(decoded(encoded(Image.fromarray(lines))).astype(int) - 128).max() <= 8
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_as_their_exif_says(orientation):
-    upright = noise(1, 16).resize((32, 16), Image.Resampling.NEAREST)
-    undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # Transpose.ROTATE_90 undoes a 6, and so on
-    stored = upright if undo is None else upright.transpose(Image.Transpose(undo))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    assert np.array_equal(decoded(encoded(stored, exif=exif), 16), decoded(encoded(upright), 16))
-
-
-def test_rows_are_patch_major_and_padded():
-    images = np.random.default_rng(0).integers(0, 256, (3, 6, 6, 3), dtype=np.uint8)
-    rows = layout.chunk(images, np.zeros((3, 0), np.int32), 3, ["a", "b", "c"]).rows
-    assert rows.shape == (3, 128) and layout.Shape(6, 3, 3).stride == 128  # 108 bytes of pixels
-    patches = rows[:, :108].reshape(3, 4, 3, 3, 3)
-    for i in range(3):
-        for p in range(4):
-            y, x = divmod(p, 2)
-            assert np.array_equal(patches[i, p], images[i, 3 * y : 3 * y + 3, 3 * x : 3 * x + 3])
-    assert not rows[:, 108:].any()
 
 
 def read(packed: Path) -> dict[str, bytes]:
@@ -186,7 +86,7 @@ def test_files_are_taken_in_the_order_of_their_names(folder, tmp_path):
     pack(open_source(str(folder), Options()), tmp_path / "out", 32, 4)
     images = open_packed(tmp_path / "out").images(range(12))
     for at, i in enumerate([0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]):
-        assert np.array_equal(images[at], np.asarray(noise(i)))
+        assert np.array_equal(images[at], noise(i, 32))
 
 
 def test_only_broken_files_is_an_error_that_leaves_nothing(tmp_path):
@@ -207,7 +107,9 @@ def zipped(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def test_a_zip_with_damaged_and_encrypted_members(tmp_path):
-    archive = zipped(tmp_path / "z.zip", {f"{i}.png": encoded(noise(i)) for i in range(4)} | {"__MACOSX/0.png": b"x"})
+    archive = zipped(
+        tmp_path / "z.zip", {f"{i}.png": encoded(noise(i, 32)) for i in range(4)} | {"__MACOSX/0.png": b"x"}
+    )
     content = bytearray(archive.read_bytes())
     with zipfile.ZipFile(archive) as file:
         infos = file.infolist()
@@ -533,6 +435,7 @@ def test_real_pictures(name, count, tmp_path):
     if not (SHARED / name).exists():
         pytest.skip(f"{name} is not there; see shared/data")
     packed = data.prepare(SHARED / name, 32, 4, cache=tmp_path)
+    assert verify(packed.path).count == count
     assert len(packed) == count and not json.loads((packed.path / "manifest.json").read_text())["rejects"]
     images = packed.images(range(0, count, 7)).numpy()
     corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from picture_files import encoded, noise
 from PIL import Image
 
 from maskdiff.data import open_packed, prepare
@@ -25,13 +26,7 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def pixels(number: int, height: int = SIDE, width: int = SIDE) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def encoded(image: np.ndarray | Image.Image, format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, format, **options)
-    return file.getvalue()
+    return noise(number, height, width)
 
 
 def name(number: int) -> str:
@@ -494,6 +489,8 @@ def test_a_transparent_gif_lies_on_the_background():
     assert decode(content, Look(background="#102030").frame(8)).reshape(-1, 3).tolist() == [[16, 32, 48]] * 64
 
 
-def test_a_run_trains_on_labels_of_folders(tmp_path):
+def test_prepare_gives_labels_crops_and_subsets(tmp_path):
     packed = prepare(folder(tmp_path), SIDE, 4, cache=tmp_path / "cache", crop="centre:8")
     assert torch.equal(packed.labels[:, 0], torch.tensor([number % 3 for number in ORDER], dtype=torch.int32))
+    few = prepare(folder(tmp_path), SIDE, 4, cache=tmp_path / "cache", subset="10%")
+    assert len(few) == 15 and few.path != packed.path
