@@ -281,6 +281,54 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (("for count in counts) / len(counts)", "for count in [sum(counts) / len(counts)])"),),
     ),
     (
+        "maskdiff/packing/decode.py",
+        trainer("decode"),
+        (
+            ("if turn not in (_TURNS[2]", "if turn in (_TURNS[2]"),
+            ("return Image.fromarray(((gray * 255 + 32767) // 65535)", "return Image.fromarray((gray // 257)"),
+        ),
+    ),
+    (
+        "maskdiff/packing/look.py",
+        (*trainer("sources"), "-k", "recipes"),
+        (("(25, 57, 128)", "(57, 25, 128)"),),
+    ),
+    (
+        "maskdiff/packing/sources.py",
+        (*trainer("sources"), "-k", "nested"),
+        (("return np.sort(np.argsort(", "return (np.argsort("),),
+    ),
+    (
+        "maskdiff/packing/archives.py",
+        (*trainer("hostile"), "-k", "lead_out or no_files"),
+        (('{"..", "\\0"} & set', '{"\\0"} & set'), ("if not member.isreg() or", "if")),
+    ),
+    (
+        "maskdiff/packing/tables.py",
+        (*trainer("sources"), "-k", "every_kind or interruptions"),
+        (("at < first + rows", "at <= first + rows"),),
+    ),
+    (
+        "maskdiff/packing/labels.py",
+        (*trainer("sources"), "-k", "labels"),
+        (("of.get(_key(attribute, value), -1)", "of.get(_key(attribute, value), 0)"),),
+    ),
+    (
+        "maskdiff/packing/journal.py",
+        (*trainer("pack"), "-k", "crash"),
+        (("if padded or not np.array_equal(keys_of(shape.images(rows)), entry.keys):", "if padded:"),),
+    ),
+    (
+        "maskdiff/packing/writer.py",
+        (*trainer("pack"), "-k", "crash or copies"),
+        (("            self._names.setdefault(key, name)\n", "            pass\n"),),
+    ),
+    (
+        "maskdiff/packing/check.py",
+        (*trainer("data"), "-k", "altered_pixel or wrong_arrays"),
+        (("if running.hexdigest() != expected:", "if number and running.hexdigest() != expected:"),),
+    ),
+    (
         "tests/emulation/instructions.h",
         ("tests/emulation/test_wrappers.py", "-k", "products or matrices"),
         (
