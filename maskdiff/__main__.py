@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "train": "train a model: masked pre-training, then fine-tuning on whole images",
     "sample": "draw images with a trained model",
+    "pack": "pack pictures of any kind for training, check and show packed sets",
     "bench": "measure a training step at several mask rates against plain PyTorch",
     "doctor": "show what is installed here and which kernels run",
 }

@@ -64,21 +64,24 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     meta_path, state_path = path / META, path / STATE
     try:
         meta = json.loads(meta_path.read_text())
-        if not isinstance(meta, dict):
+        if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
             raise ValueError
     except FileNotFoundError:
         raise UserError(f"{path} is no checkpoint: it has no {META}") from None
-    except ValueError:
-        raise UserError(f"{meta_path} is damaged: it is not JSON; use an earlier checkpoint") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{meta_path} is damaged: it is not JSON of a checkpoint; use an earlier one") from None
     if meta.get("format") != FORMAT:
         raise UserError(f"{meta_path} has format {meta.get('format')!r}; this version of maskdiff reads {FORMAT}")
     if meta.get("hash") != _meta_hash(meta):
         raise UserError(f"{meta_path} was altered after it was written; use an earlier checkpoint")
     if not state_path.exists():
         raise UserError(f"{state_path} is missing; use an earlier checkpoint")
-    if _hash(state_path) != meta["files"][STATE]:
+    if _hash(state_path) != meta["files"].get(STATE):
         raise UserError(f"{state_path} was truncated or altered after it was written; use an earlier checkpoint")
-    return load_file(state_path), meta
+    try:
+        return load_file(state_path), meta
+    except SafetensorError as error:
+        raise UserError(f"{state_path} cannot be read ({error}); use an earlier checkpoint") from None
 
 
 def latest(run: Path) -> Path:
@@ -111,7 +114,10 @@ def load_weights(run: str | os.PathLike, weights: str = "ema") -> tuple[Config, 
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if not named:
         raise UserError(f"{run} has no {weights} weights: it was trained without optim.{weights}")
-    return config_from_dict(meta["config"]), named, meta
+    config = meta.get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"{run} has a checkpoint without a configuration; use an earlier checkpoint")
+    return config_from_dict(config, source=str(run)), named, meta
 
 
 def _hash(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import sys
 import types
 from collections.abc import Mapping
@@ -65,7 +64,7 @@ class DataConfig:
     """Images, and what is done to them."""
 
     path: str = "faces:20000"
-    """folder or zip of images, a packed set, or faces:N, faces-b:N, digits"""
+    """a packed set, a folder, zip or tar of images, Parquet, .npy, .npz, hf:NAME, or faces:N, faces-b:N, digits"""
     labels: bool = False
     """trains with the data's labels"""
     label_dropout: float = 0.1
@@ -74,6 +73,10 @@ class DataConfig:
     """share of samples that are mirrored left to right"""
     background: str = "white"
     """colour behind transparent images"""
+    crop: str = "centre"
+    """part of an image that is kept: centre, centre:SIDE, LEFT,TOP,SIDE, celeba64, celeba64-140, celeba128"""
+    subset: str | None = None
+    """so many of the images, 3000 or 10%, always the same; none: all"""
     heldout: float = 0.02
     """share of the images that is held out of training"""
 
@@ -176,7 +179,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
         raise UserError(f"configuration {str(path)!r} is not text; give a .json or .toml file") from None
     try:
         values = _toml(text, path) if path.suffix == ".toml" else json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"configuration {str(path)!r} is not valid {path.suffix[1:] or 'JSON'}: {error}") from None
@@ -238,7 +241,8 @@ def _value(hint: Any, value: Any, base: Any, name: str, source: str) -> Any:
                 pairs = enumerate(zip(args, value, strict=True))
                 return tuple(_value(arg, item, None, f"{name}.{i}", source) for i, (arg, item) in pairs)
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and abs(value) <= sys.float_info.max:  # no infinity, no NaN, no whole number beyond all floats
             return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
@@ -283,7 +287,9 @@ def validate(config: Config) -> None:
     """Raises UserError for the first thing in a configuration that cannot work, in one line that says what to do."""
     _check_ranges(config)
     if not config.data.path:
-        raise UserError(f"preset {config.preset} has no images of its own; name a folder or zip of images with --data")
+        raise UserError(
+            f"preset {config.preset} has no images of its own; name a folder, an archive or a packed set with --data"
+        )
     if not config.stages:
         raise UserError("the run has no stages; give --stages, for example 'patch:0.75 x1000, dense x1000'")
     for number, stage in enumerate(config.stages):

@@ -18,12 +18,14 @@ from torch import Tensor
 from maskdiff.digits import DigitsSource
 from maskdiff.errors import UserError
 from maskdiff.faces import STYLES, FaceSource
-from maskdiff.files import FileSource
-from maskdiff.manifest import IMAGES, LABELS, SPLIT, Manifest, is_packed
-from maskdiff.pack import Source, check_geometry, locked, pack
+from maskdiff.packing.check import checked
+from maskdiff.packing.look import Look
+from maskdiff.packing.manifest import IMAGES, Manifest, is_packed
+from maskdiff.packing.sources import KINDS, Options, exists, open_source
+from maskdiff.packing.writer import Source, check_geometry, locked, pack
 from maskdiff_kernels import Store
 
-KINDS = "a folder or zip of images, a packed set, faces:N, faces-b:N or digits"
+ALL_KINDS = f"{KINDS}, a packed set, faces:N, faces-b:N or digits"
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,11 @@ def open_packed(path: str | Path, patch: int | None = None) -> PackedSet:
     Raises UserError that names what does not fit, and where `patch` is not the set's own patch size.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"no packed set at {str(path)!r}: not a folder")
-    manifest = Manifest.read(folder)
+    manifest, labels, split = checked(folder)
     if patch is not None and patch != manifest.patch:
         raise UserError(
             f"{str(path)!r} is packed with patch {manifest.patch}, the model wants {patch}; pack the images again"
         )
-    for name, file in manifest.files.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != file["bytes"]:
-            found = "is missing" if size is None else f"has {size:,} bytes instead of {file['bytes']:,}"
-            raise UserError(f"{str(folder / name)!r} {found}: the packed set is damaged; pack the images again")
-    attributes = len(manifest.class_names)
-    labels = _array(folder / LABELS, manifest, np.int32, (manifest.count, attributes))
-    split = _array(folder / SPLIT, manifest, np.uint8, (manifest.count,))
-    classes = np.array([len(names) for names in manifest.class_names], np.int32)
-    if (labels < -1).any() or (labels >= classes).any():
-        raise UserError(f"{str(folder / LABELS)!r} names classes that the manifest lacks; pack the images again")
-    if split.max() > 1 or int(split.sum()) != manifest.heldout:
-        raise UserError(f"{str(folder / SPLIT)!r} does not fit the manifest; pack the images again")
     return PackedSet(
         path=folder,
         store=_store(folder / IMAGES, manifest),
@@ -99,13 +86,16 @@ def prepare(
     image_size: int,
     patch: int,
     background: str = "white",  # colour behind transparent pictures: a name or #rrggbb
+    crop: str = "centre",  # which part of a picture is kept; see packing.look
+    subset: str | None = None,  # "3000" or "10%" of the pictures; None: all
     cache: str | Path | None = None,  # None: $MASKDIFF_CACHE, else ~/.cache/maskdiff
     workers: int | None = None,  # processes that decode; None: one per processor
     heldout: float = 0.02,  # share of the images held out of training
 ) -> PackedSet:
-    """Opens data of any kind: "faces:N", "faces-b:N", "digits", a folder or zip of images, or a packed set.
+    """Opens data of any kind: "faces:N", "faces-b:N", "digits", any source of pictures, or a packed set.
 
     All but a packed set is packed into the cache the first time, under a key of its content and of how it is packed.
+    A packed set is taken as it is, with its own crop, background, subset and held-out images.
     Raises UserError where there is no usable image, and for sizes that do not fit.
     """
     check_geometry(image_size, patch)
@@ -115,7 +105,7 @@ def prepare(
         if packed.image_size != image_size:
             raise UserError(f"{str(spec)!r} holds images of {packed.image_size} px, the model wants {image_size}")
         return packed
-    source = _source(str(spec), background)
+    source = source_of(str(spec), Options(Look(crop, background=background), subset=subset))
     recipe = [source.recipe(), image_size, patch, heldout]
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip(".")[:40]
@@ -135,7 +125,8 @@ def prepare(
     return open_packed(target, patch)
 
 
-def _source(spec: str, background: str) -> Source:
+def source_of(spec: str, options: Options) -> Source:
+    """What a name means, as a source of packed images. Raises UserError where it means nothing."""
     kind, colon, number = spec.partition(":")
     if kind in STYLES and (colon or not Path(spec).exists()):
         if not number.isascii() or not number.isdigit() or not 0 < int(number[:12]) < 2**31:
@@ -143,22 +134,9 @@ def _source(spec: str, background: str) -> Source:
         return FaceSource(kind, int(number))
     if spec == "digits":
         return DigitsSource()
-    path = Path(spec)
-    if path.exists():
-        return FileSource(path, background)
-    raise UserError(f"no data at {spec!r}: no such file or folder; give {KINDS}")
-
-
-def _array(path: Path, manifest: Manifest, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != manifest.files[path.name]["sha256"]:
-        raise UserError(f"{str(path)!r} was altered: its checksum does not fit; pack the images again")
-    array = np.load(path, allow_pickle=False)
-    if array.dtype != dtype or array.shape != shape:
-        raise UserError(
-            f"{str(path)!r} is {array.dtype} {array.shape}, must be {np.dtype(dtype)} {shape}; pack the images again"
-        )
-    return array
+    if exists(spec):
+        return open_source(spec, options)
+    raise UserError(f"no data at {spec!r}: no such file or folder; give {ALL_KINDS}")
 
 
 def _store(path: Path, manifest: Manifest) -> Store:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from maskdiff.errors import UserError
-from maskdiff.layout import Chunk, chunk
+from maskdiff.packing.layout import Chunk, chunk
 
 
 class DigitsSource:
@@ -33,9 +33,10 @@ class DigitsSource:
         """What the pixels depend on, beside image size and patch."""
         return {"kind": "digits", "files": self.count, "filter": "bicubic", "version": 1}
 
-    def jobs(self, image_size: int, patch: int) -> Iterator[tuple[np.ndarray, np.ndarray, int, int]]:
+    def jobs(self, image_size: int, patch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray, int, int]]:
         """The one job: it takes less time than starting a process."""
-        yield self._small, self._targets, image_size, patch
+        if start == 0:
+            yield self._small, self._targets, image_size, patch
 
     @staticmethod
     def run(job: tuple[np.ndarray, np.ndarray, int, int]) -> Chunk:
@@ -43,4 +44,5 @@ class DigitsSource:
         small, targets, size, patch = job
         gray = np.round(small.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         big = [Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC) for digit in gray]
-        return chunk(np.stack([np.asarray(b) for b in big])[..., None], targets.astype(np.int32)[:, None], patch)
+        images = np.stack([np.asarray(digit) for digit in big])[..., None]
+        return chunk(images, targets.astype(np.int32)[:, None], patch, [str(i) for i in range(len(big))])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from maskdiff import faces_flat, faces_ink
-from maskdiff.layout import Chunk, chunk
+from maskdiff.packing.layout import Chunk, chunk
 from maskdiff.traits import ATTRIBUTES, Dice, Traits
 
 VERSION = 1  # raised whenever a drawing changes: older cached sets are then drawn anew
@@ -73,19 +73,19 @@ class FaceSource:
         """What the pixels depend on, beside image size and patch."""
         return {"kind": self.style, "files": self.count, "seed": STYLES[self.style].seed, "version": VERSION}
 
-    def jobs(self, image_size: int, patch: int) -> Iterator[tuple[str, int, int, np.ndarray]]:
+    def jobs(self, image_size: int, patch: int, start: int = 0) -> Iterator[tuple[str, int, int, range, np.ndarray]]:
         """The work of the processes that draw, with the random words drawn here: they need not import PyTorch."""
         from maskdiff.errors import UserError
 
         if image_size < SMALLEST:
             raise UserError(f"faces are drawn at {SMALLEST} pixels or more, got image_size {image_size}")
-        for first in range(0, self.count, _JOB):
-            words = face_words(self.style, range(first, min(first + _JOB, self.count)))
-            yield self.style, image_size, patch, words
+        for first in range(start * _JOB, self.count, _JOB):
+            numbers = range(first, min(first + _JOB, self.count))
+            yield self.style, image_size, patch, numbers, face_words(self.style, numbers)
 
     @staticmethod
-    def run(job: tuple[str, int, int, np.ndarray]) -> Chunk:
+    def run(job: tuple[str, int, int, range, np.ndarray]) -> Chunk:
         """Draws some portraits."""
-        style, size, patch, words = job
+        style, size, patch, numbers, words = job
         images, labels = draw(style, size, words)
-        return chunk(images, labels, patch)
+        return chunk(images, labels, patch, [str(number) for number in numbers])

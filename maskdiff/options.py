@@ -38,7 +38,8 @@ Trains an image diffusion transformer: first on masked images, then on whole one
 what to train
   --preset P          {presets}
                       (--preset list says what they are)
-  --data PATH         folder or zip of images, a packed set, or faces:N, faces-b:N, digits
+  --data PATH         a packed set (python -m maskdiff.pack), a folder, zip or tar of images,
+                      Parquet, .npy, .npz, hf:NAME, or faces:N, faces-b:N, digits
   --out RUN           new folder of the run (default: runs/PRESET, numbered)
   --resume RUN        goes on with a run from its last checkpoint; takes its configuration
   --config FILE       .json or .toml with any keys; RUN/config.json starts the same run again

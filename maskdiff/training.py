@@ -96,6 +96,8 @@ class _Training:
             config.model.image_size,
             config.model.patch,
             config.data.background,
+            config.data.crop,
+            config.data.subset,
             heldout=config.data.heldout,
         )
         self.config = config = _fit_to_data(config, packed)

@@ -20,6 +20,7 @@ CODE = sorted(
 )
 KERNELS = [path for path in CODE if path.suffix == ".cu"]
 HEAVY = {"torchmetrics", "diffusers", "sklearn", "matplotlib", "xformers", "apex", "triton", "torchvision", "timm"}
+HEAVY |= {"pyarrow", "datasets", "pandas"}
 OPS = sorted(path.parent.name for path in (ROOT / "kernels" / "ops").glob("*/op.py"))
 
 
@@ -89,6 +90,17 @@ def test_kernels_know_nothing_of_training():
     for path in python_files("kernels"):
         wrong = {module for module in imports(path, top_only=False) if re.match(r"maskdiff(\.|$)", module)}
         assert wrong == set(), name(path)
+
+
+def test_packing_knows_nothing_of_training():
+    """Worker processes and people without PyTorch import it: of the rest of maskdiff it needs two small modules."""
+    for path in python_files("maskdiff/packing"):
+        for module in imports(path, top_only=False):
+            own = module.startswith("maskdiff.packing") or module in ("maskdiff.errors", "maskdiff.durable")
+            assert own or module.split(".")[0] not in ("", "maskdiff", "maskdiff_kernels", "torch"), (
+                name(path),
+                module,
+            )
 
 
 def test_nothing_imports_tests_or_benchmarks():

@@ -1,6 +1,5 @@
 """Packed sets opened and prepared: pixels as the ops and as people see them, the cache, and all that can be wrong."""
 
-import io
 import json
 import os
 import sys
@@ -12,38 +11,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from picture_files import encoded, noise
 from PIL import Image
 
 from maskdiff import data
 from maskdiff.data import open_packed, prepare
 from maskdiff.errors import UserError
-from maskdiff.files import FileSource
-from maskdiff.manifest import Manifest, _sha256
-from maskdiff.pack import pack
+from maskdiff.packing.manifest import Manifest, _sha256
+from maskdiff.packing.sources import Options, open_source
+from maskdiff.packing.writer import pack
 from maskdiff_kernels import Mask, draw_batch, noisy_patches
-
-
-def picture(seed: int, size: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-
-
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def pictures(folder: Path, count: int, size: int) -> Path:
     folder.mkdir()
     for i in range(count):
-        (folder / f"{i:03}.png").write_bytes(png(picture(i, size)))
+        (folder / f"{i:03}.png").write_bytes(encoded(noise(i, size)))
     return folder
 
 
 @pytest.fixture
 def packed(tmp_path):
     """A packed set of ten noise pictures of 10 px in patches of 5: 300 bytes an image, 320 from one to the next."""
-    pack(FileSource(pictures(tmp_path / "pictures", 10, 10)), tmp_path / "set", 10, 5)
+    pack(open_source(str(pictures(tmp_path / "pictures", 10, 10)), Options()), tmp_path / "set", 10, 5)
     return tmp_path / "set"
 
 
@@ -54,7 +44,7 @@ def test_images_are_the_pictures(packed):
     for ids in ([3, 0, 9], torch.tensor([3, 0, 9]), range(2)):
         images = opened.images(ids)
         assert images.dtype == torch.uint8
-        assert np.array_equal(images.numpy(), np.stack([picture(int(i), 10) for i in ids]))
+        assert np.array_equal(images.numpy(), np.stack([noise(int(i), 10) for i in ids]))
 
 
 def test_the_store_is_mapped_strided_and_taken_by_the_ops(packed, recwarn):
@@ -67,7 +57,7 @@ def test_the_store_is_mapped_strided_and_taken_by_the_ops(packed, recwarn):
     batch = draw_batch(torch.tensor([5]), torch.arange(10), 10, (2, 2), Mask("patch", counts=(3,)), backend="reference")
     visible = noisy_patches(opened.store, batch, None, torch.tensor([5]), backend="reference")
     for row, image_id, keep in zip(visible, batch.image_ids, batch.keep_ids, strict=True):
-        whole = picture(int(image_id), 10)
+        whole = noise(int(image_id), 10)
         for values, place in zip(row, keep, strict=True):
             y, x = divmod(int(place), 2)
             expected = whole[5 * y : 5 * y + 5, 5 * x : 5 * x + 5].reshape(-1) * np.float32(2 / 255) - 1
@@ -119,10 +109,10 @@ def test_the_cache_is_used_again_and_keyed_by_content_and_recipe(tmp_path, monke
     others = [prepare(root, 16, 8, cache=cache), prepare(root, 8, 4, cache=cache)]
     others.append(prepare(root, 16, 4, background="black", cache=cache))
     others.append(prepare(root, 16, 4, heldout=0.5, cache=cache))
-    (root / "000.png").write_bytes(png(picture(77, 16)))
+    (root / "000.png").write_bytes(encoded(noise(77, 16)))
     others.append(prepare(root, 16, 4, cache=cache))
     assert len({first.path, *(other.path for other in others)}) == 6
-    assert np.array_equal(others[-1].images([0])[0].numpy(), picture(77, 16))
+    assert np.array_equal(others[-1].images([0])[0].numpy(), noise(77, 16))
 
 
 def test_the_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
@@ -205,9 +195,9 @@ def test_what_cannot_be_prepared_is_one_clear_line(spec, image_size, patch, mess
     assert "\n" not in str(raised.value) and not (tmp_path / "cache").exists()
 
 
-def test_a_file_that_is_no_zip_is_an_error(tmp_path):
-    (tmp_path / "one.png").write_bytes(png(picture(0, 8)))
-    with pytest.raises(UserError, match="one.png' is not a readable zip"):
+def test_a_file_that_is_no_source_is_an_error(tmp_path):
+    (tmp_path / "one.png").write_bytes(encoded(noise(0, 8)))
+    with pytest.raises(UserError, match="one.png' is none of what can be read; give a folder, zip or tar"):
         prepare(tmp_path / "one.png", 8, 4)
 
 
@@ -251,7 +241,7 @@ def truncated(name: str, by: int):
         (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe"), "no JSON"),
         (lambda folder: (folder / "manifest.json").write_text("[" * 200_000), "no JSON"),
         (lambda folder: (folder / "manifest.json").write_text("[1]"), "not the manifest of a packed set"),
-        (replaced("manifest.json", b'"version": 1', b'"version": 2'), "version 2 of the packed format, .* reads 1"),
+        (replaced("manifest.json", b'"version": 2', b'"version": 1'), "version 1 of the packed format, .* reads 2"),
         (replaced("manifest.json", b'"count": 10', b'"count": 11'), "altered: its checksum"),
         (edited("count", 11), "contradicts itself in files"),
         (edited("count", True), "contradicts itself in count"),
@@ -298,10 +288,15 @@ def test_wrong_arrays_with_right_checksums_are_found(packed):
     replace("labels.npy", np.full((10, 1), 3, np.int32))
     edited("label_names", ["kind"])(packed)
     edited("class_names", [["a", "b", "c"]])(packed)
+    edited("class_counts", [[0, 0, 1, 9]])(packed)
     with pytest.raises(UserError, match="names classes that the manifest lacks"):
         open_packed(packed)
     replace("labels.npy", np.array([[-1]] * 9 + [[2]], np.int32))
     assert open_packed(packed).labels[-1].tolist() == [2]
+    edited("class_counts", [[0, 1, 0, 9]])(packed)
+    with pytest.raises(UserError, match="labels.npy' does not fit the manifest"):
+        open_packed(packed)
+    edited("class_counts", [[0, 0, 1, 9]])(packed)
     split = np.load(packed / "split.npy")
     replace("split.npy", split * 2)
     with pytest.raises(UserError, match="split.npy' does not fit"):
@@ -311,14 +306,31 @@ def test_wrong_arrays_with_right_checksums_are_found(packed):
 def test_every_hash_of_the_manifest_is_that_of_the_files(tmp_path, monkeypatch):
     import hashlib
 
-    from maskdiff import manifest as module
-    from maskdiff import pack as writer
+    from maskdiff.packing import check, writer
+    from maskdiff.packing import manifest as module
 
     monkeypatch.setattr(module, "BLOCK", 1000)
     monkeypatch.setattr(writer, "BLOCK", 1000)
-    pack(FileSource(pictures(tmp_path / "pictures", 10, 10)), tmp_path / "set", 10, 5)
+    monkeypatch.setattr(check, "BLOCK", 1000)
+    pack(open_source(str(pictures(tmp_path / "pictures", 10, 10)), Options()), tmp_path / "set", 10, 5)
     manifest = Manifest.read(tmp_path / "set")
     content = (tmp_path / "set" / "images.u8").read_bytes()
-    assert manifest.blocks == [hashlib.sha256(content[at : at + 1000]).hexdigest() for at in range(0, 3200, 1000)]
+    assert manifest.blocks == [hashlib.sha256(content[:end]).hexdigest() for end in (1000, 2000, 3000, 3200)]
     for name, file in manifest.files.items():
         assert hashlib.sha256((tmp_path / "set" / name).read_bytes()).hexdigest() == file["sha256"]
+
+
+def test_verify_finds_an_altered_pixel_and_where(tmp_path, monkeypatch):
+    from maskdiff.packing import check, writer
+    from maskdiff.packing import manifest as module
+
+    for place in (module, check, writer):
+        monkeypatch.setattr(place, "BLOCK", 1000)
+    pack(open_source(str(pictures(tmp_path / "pictures", 10, 10)), Options()), tmp_path / "set", 10, 5)
+    assert check.verify(tmp_path / "set").count == 10
+    content = (tmp_path / "set" / "images.u8").read_bytes()
+    for at, images in ((0, "0 to 3"), (999, "0 to 3"), (1000, "3 to 6"), (3199, "9 to 9")):  # the last is padding
+        (tmp_path / "set" / "images.u8").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        open_packed(tmp_path / "set")  # takes no look at pixels
+        with pytest.raises(UserError, match=f"images.u8' was altered, first among images {images}; pack again"):
+            check.verify(tmp_path / "set")

@@ -19,7 +19,7 @@ from maskdiff.errors import UserError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_START = "import sys; sys.path[:] = sys.argv[1:]; from maskdiff.worker_main import serve; serve()"
+_START = "import sys; sys.path[:] = sys.argv[1:]; from maskdiff.packing.worker_main import serve; serve()"
 
 
 def available() -> int:

@@ -1,0 +1,553 @@
+"""The faults that `make mutants` plants, and the tests that must notice each: see mutants.py."""
+
+from dataclasses import dataclass
+
+ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
+TRITON, IMAGES = (("tests/ops/test_" + op + "_triton.py", "-k", "interpreter") for op in ("attention", "images"))
+ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
+AVERAGES = ("tests/ops/test_adamw_ema.py", "tests/ops/test_adamw_averages.py", "-k", "power or averages")
+DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
+CAPTURE = ("tests/trainer/test_capture.py", "-k", "not runs_are_the_same and not planted")
+EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
+PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
+
+
+def trainer(*modules: str) -> tuple[str, ...]:
+    return tuple(f"tests/trainer/test_{module}.py" for module in modules)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted fault."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]  # arguments of pytest
+
+
+# File, tests that must notice, faults (old text, new text).
+PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = (
+    ("csrc/common/philox.h", (DRAW,), (("round < 10", "round < 9"),)),
+    (
+        "csrc/common/normals.h",
+        (NOISY,),
+        (
+            ("y_sign = (quadrant >> 1) << 31", "y_sign = (quadrant & 1) << 31"),
+            ("minus_log_fraction((a >> 8) + 1)", "minus_log_fraction((a >> 8) | 1)"),
+        ),
+    ),
+    ("csrc/common/floats.h", (NOISY,), (("bits + 0x7FFFu + (bits >> 16 & 1)", "bits + 0x8000u"),)),
+    (
+        "csrc/common/patches.h",
+        (NOISY,),
+        (
+            ("(row - channels) - 2 * at->column", "(row - channels) - at->column"),
+            ("(elements + 3) / 4", "elements / 4"),
+            ("2.0 / 255.0", "2.0 / 256.0"),
+        ),
+    ),
+    (
+        "csrc/common/adamw.h",
+        ADAMW,
+        (
+            ("(int64_t)adam_step + 1;", "(int64_t)adam_step;"),
+            ("norm > bound ?", "bound > 0.0f ?"),
+            ("const float single = (float)sum;", "const float single = (float)__builtin_sqrt(sum);"),
+            ("young < decay ? young : decay", "decay"),
+            ("* f.root + f.eps", "+ f.eps"),
+            ("x.master = keep * x.master", "x.master = f.keep[1] * x.master"),
+        ),
+    ),
+    (
+        "csrc/cpu/adamw_ema.cpp",
+        ADAMW,
+        (
+            ("sums[v] += y * y;", "sums[v] = y * y;"),
+            ("left >= 8;", "left > 8;"),
+            ("at - offset, count, buffer", "0, count, buffer"),
+            ("low < count ? low : count", "count"),
+            ("c >= chunks * part / parts", "c > chunks * part / parts"),
+            ("  *a->ema_step += 1.0f;\n", ""),
+        ),
+    ),
+    (
+        "csrc/cuda/adamw_ema.cu",
+        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or same_bits or address"),
+        (
+            ("first ? sum : workspace->sums[block] + sum", "sum"),
+            ("float adam_step = workspace->adam_step,", "float adam_step = *update.adam_step,"),
+            ("at + N <= update.low_size", "at < update.low_size"),
+        ),
+    ),
+    (
+        "csrc/cuda/numbers.cuh",
+        ("tests/emulation/test_adamw_ema.py", "-k", "float64 or same_bits or address"),
+        (("sums[thread + other];\n    ptx::sync_block();", "sums[thread + other];"),),
+    ),
+    (
+        "csrc/cuda/adamw_ema.cu",
+        ("tests/emulation/test_adamw_ema.py", "-k", "address"),
+        (
+            ("least(kSums, over(size, kLeastOfASum))", "over(size, kLeastOfASum)"),
+            ("segment.offset % 4 == 0 && ", ""),
+            ("aligned(segment.grad, whole ? 16 : 8)", "aligned(segment.grad, 8)"),
+            (" | 2 * reinterpret_cast<uintptr_t>(a.low);", ";"),
+            ("return all % 16 == 0;", "return all % 8 == 0;"),
+        ),
+    ),
+    (
+        "kernels/ops/adamw_ema/fused.py",
+        ADAMW,
+        (
+            ("(1 - decay) * (1 - skipped)", "1 - decay"),
+            ("u.weight_decay if decays else 0.0", "u.weight_decay"),
+            ("torch.where(skipped > 0, u.low,", "torch.where(skipped > 1, u.low,"),
+        ),
+    ),
+    (
+        "kernels/ops/adamw_ema/apex.py",
+        ("tests/ops/test_adamw_ema.py", "tests/ops/test_apex.py", "-k", "apex"),
+        (("flag.copy_(skipped)", "flag.zero_()"), ("any(low is None for low in lows)", "False")),
+    ),
+    (
+        "csrc/common/adamw.h",
+        AVERAGES,
+        (
+            ("if (k < 2.0) return 1.0;", ""),
+            ("i < 7; i++) share", "i < 6; i++) share"),
+            ("power_share(seen, gamma + 1.0)", "power_share(seen, gamma)"),
+        ),
+    ),
+    (
+        "kernels/ops/adamw_ema/averages.py",
+        AVERAGES,
+        (("seen.clamp(min=1)", "seen"), ("math.sqrt((gamma + 1)", "math.sqrt((gamma + 2)")),
+    ),
+    (
+        "csrc/cpu/draw_batch.cpp",
+        (DRAW,),
+        (
+            ("round < 8", "round < 6"),
+            ("equal = wanted - below;", "equal = wanted - below - 1;"),
+            ("d->grid_across - side + 1", "d->grid_across - side"),
+            ("words[j] < words[i] ||", "words[j] > words[i] ||"),
+            ("element(seed, n, LABEL_DROPOUT, 0)", "element(seed, n, FLIP, 0)"),
+            ("const uint64_t epoch = n / images", "const uint64_t epoch = 0 * n"),
+            ("(uint32_t)(first + i)", "(uint32_t)i"),
+        ),
+    ),
+    (
+        "csrc/common/samples.h",
+        (NOISY,),
+        (
+            ("alpha * x0 + sigma * eps", "alpha * x0 - sigma * eps"),
+            ("(uint32_t)s->grid_across, flip)", "(uint32_t)s->grid_across, false)"),
+        ),
+    ),
+    ("csrc/common/samples.h", (LOSS,), (("alpha * eps - sigma * x0", "alpha * eps + sigma * x0"),)),
+    (
+        "csrc/cpu/visible.h",
+        (NOISY,),
+        (
+            ("per_patch + block)", "per_patch)"),
+            ("s->image_ids[b] * s->stride", "s->image_ids[b] * s->rows * elements"),
+            ("offsets[b + 1] < offsets[b]", "offsets[b + 1] <= offsets[b]"),
+        ),
+    ),
+    (
+        "csrc/cpu/denoising_loss.cpp",
+        (LOSS,),
+        (
+            ("sum /= (double)count", "sum /= (double)elements"),
+            ("if (weight) sum *=", "if (weight) sum +="),
+            ("squares[i] = 0.0f;", "squares[i] = 1e3f;"),
+            ("*= factor[b]", "*= factor[0]"),
+            ("all / (double)s->batch", "all"),
+        ),
+    ),
+    (
+        "kernels/ops/attention/triton_kernel.py",
+        TRITON,
+        (
+            (
+                'return tl.where(there, _dot(a, tl.trans(b)) * factor, float("-inf"))',
+                "return _dot(a, tl.trans(b)) * factor",
+            ),
+            ("factor, (key + keys < length)[None, :])", "factor, (keys < length)[None, :])"),
+            ("most * UNIT + tl.log2(total) * LN_2", "(most + tl.log2(total)) * LN_2"),
+            ("total = total * shrink + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"),
+            (
+                "for key in range(0, length, STEP):\n            keys =",
+                "for key in range(STEP, length, STEP):\n            keys =",
+            ),
+            ("grad_k * scale", "grad_k"),
+            ("begin + tl.arange(0, BLOCK) < length)[:, None]", "begin + tl.arange(0, BLOCK) <= length)[:, None]"),
+            (
+                "tl.store(at, x.to(start.dtype.element_ty), mask=(rows < length)[:, None])",
+                "tl.store(at, x.to(start.dtype.element_ty))",
+            ),
+            ("lse + head.to(tl.int64) * tokens + first\n", "lse + head.to(tl.int64) * length + first\n"),
+            ("tl.sum(p * grad_p, 0) if ONE", "tl.sum(p * grad_p, 0) * 0.99 if ONE"),
+            (
+                "    at = start + rows.to(tl.int64)[:, None] * token_stride + columns[None, :]\n    return",
+                "    at = start + rows[:, None] * token_stride + columns[None, :]\n    return",
+            ),
+        ),
+    ),
+    (
+        "kernels/ops/attention/triton_host.py",
+        TRITON,
+        (
+            ("(0, grad_out.stride(0))", "(0, qkv.shape[-1] * qkv.shape[-2])"),
+            ("if length <= most)", "if length < most + 2)"),
+        ),
+    ),
+    (
+        "kernels/ops/triton_kernel.py",
+        IMAGES,
+        (
+            ("PATCH - 1 - 2 * (", "PATCH - 1 - ("),
+            ("(bits - 0x3F3504F3) >> 23", "(bits - 0x3F000000) >> 23"),
+            ("(place >= 0) & (place < places)", "(place >= 0)"),
+            ("exists = exists & (element < ELEMENTS)", "exists = exists & (element <= ELEMENTS)"),
+            ("tl.where(flip, place - column", "tl.where(place < 0, place - column"),
+        ),
+    ),
+    (
+        "kernels/ops/noisy_patches/triton_kernel.py",
+        IMAGES,
+        (("count * PER_PATCH, parts * Q)", "count * PER_PATCH, parts * parts * Q)"),),
+    ),
+    (
+        "kernels/ops/denoising_loss/triton_kernel.py",
+        IMAGES,
+        (
+            ("tl.store(counter, 0)", "tl.store(counter, 1)"),
+            ("prediction -= first * patch_stride", "prediction -= 0 * patch_stride"),
+            ("x - target, 0.0)", "x - target, 1.0)"),
+            ("loss *= tl.load(weight + t,", "loss *= tl.load(weight + t * 0,"),
+        ),
+    ),
+    (
+        "kernels/ops/draw_batch/triton_kernel.py",
+        IMAGES,
+        (
+            ("tl.where(below < wanted,", "tl.where(below <= wanted,"),
+            ("(index <= most) & (left > 0)", "(index <= most)"),
+            ("index <= most", "index < most"),
+            ("while x >= images:", "while x > images:"),
+            ("tl.load(n + sample - member)", "tl.load(n + sample)"),
+        ),
+    ),
+    (
+        "kernels/ops/triton_visible.py",
+        ("tests/ops/test_images_triton.py", "-k", "parts or spilling"),
+        (
+            ("return -(-each // (turns * step)) if", "return -(-each // step) if"),
+            ('"enable_fp_fusion": False', '"enable_fp_fusion": True'),
+        ),
+    ),
+    (
+        "csrc/cpu/entry.cpp",
+        ("tests/test_library.py", "-k", "libgomp"),
+        (("return MASKDIFF_SOURCE_VERSION;", 'return "0";'),),
+    ),
+    ("kernels/philox.py", ("tests/ops/test_philox.py",), (("n >> 32 & _LOW", "n & _LOW"),)),
+    (
+        "kernels/ops/attention/op.py",
+        ("tests/ops/test_attention.py", "-k", "by_the_implementation_of_the_forward"),
+        (("ctx.options = max_seqlen, scale, backend", 'ctx.options = max_seqlen, scale, "auto"'),),
+    ),
+    (
+        "kernels/ops/structs.py",
+        ("tests/ops/test_interface.py", "-k", "a_launch"),
+        (("device.index or 0, stream", "0, stream"), ("torch.cuda.current_stream(device).cuda_stream", "None")),
+    ),
+    (
+        "kernels/ops/denoising_loss/cuda.py",
+        ("tests/emulation/test_visible.py", "-k", "side_by_side"),
+        (("torch.cuda.is_current_stream_capturing()", "False"),),
+    ),
+    (
+        "kernels/ops/attention/op.py",
+        ("tests/ops/test_attention.py", "-k", "where_cuda_cannot"),
+        (('dispatch.asked("attention", backend)[0]', "backend"),),
+    ),
+    (
+        "kernels/ops/visible.py",
+        (NOISY, "-k", "can_run or pinned"),
+        (
+            ("-(-size // 4)", "(size // 4)"),
+            ("and not elsewhere and", "and"),
+            ("> MOST_QUADS", ">= MOST_QUADS"),
+            ("dispatch.asked(op, backend)[0]", "backend"),
+        ),
+    ),
+    (
+        "kernels/ops/denoising_loss/op.py",
+        (LOSS, "-k", "by_the_implementation_of_the_forward"),
+        (("ctx.backend = backend if compiled else", 'ctx.backend = "auto" or'),),
+    ),
+    ("kernels/ops/denoising_loss/reference.py", (LOSS,), (("shape[0] + grad_per_sample)", "shape[0])"),)),
+    ("kernels/library.py", ("tests/test_install.py", "-k", "foreign or stale"), (("built != expected", "not built"),)),
+    (
+        "maskdiff/masking.py",
+        trainer("masking"),
+        (
+            ("return n - int(rate * n)\n", "return int(n - rate * n)\n"),
+            ("// area * area", "// plan.size * plan.size"),
+            ("(i + 0.5) / group", "i / group"),
+        ),
+    ),
+    ("maskdiff/masking.py", trainer("step"), (("10 * (n - visible) // n", "(10 * (n - visible) - 1) // n"),)),
+    (
+        "maskdiff/diffusion.py",
+        trainer("diffusion"),
+        (
+            ("kept[1:] / kept[:-1]", "kept[1:] / kept[0]"),
+            ("return alpha * eps - sigma * x0", "return alpha * eps + sigma * x0"),
+            ('"v": on_x0 / (snr + 1)', '"v": on_x0 / snr'),
+        ),
+    ),
+    (
+        "maskdiff/model.py",
+        trainer("model", "pretrained"),
+        (
+            ("skip=index > half", "skip=index >= half"),
+            ("[time + extra_rows[-1]]", "[time + extra_rows[0]]"),
+            ("F.embedding(keep_ids, patch_rows)", "patch_rows[: keep_ids.shape[1]]"),
+            ("cut.permute(0, 2, 4, 3, 5, 1)", "cut.permute(0, 2, 4, 5, 3, 1)"),
+            ("there.any(1, keepdim=True)", "there.all(1, keepdim=True)"),
+        ),
+    ),
+    (
+        "maskdiff/optim.py",
+        trainer("optim"),
+        (
+            ("math.inf if hyper.clip is None else hyper.clip", "math.inf"),
+            ("low=self.low if self.low.numel() else None", "low=None"),
+            ("decays=[segment.decay for", "decays=[segment.low for"),
+            ("ema2_decay=state.averages[-1]", "ema2_decay=state.averages[0]"),
+            ("for average in (self.ema, self.ema2):", "for average in (self.ema,):"),
+        ),
+    ),
+    (
+        "maskdiff/step.py",
+        trainer("step", "training"),
+        (
+            ("state.next_sample.add_(batch)", "state.next_sample.add_(1)"),
+            (".masked_fill(batch.drop_label[:, None], -1)", ""),
+            ("0.0).sum(0) / inside.sum(0)", "0.0).sum(0) / len(per_sample)"),
+        ),
+    ),
+    (
+        "maskdiff/step.py",
+        CAPTURE,
+        (
+            ("n = state.next_sample +", "n = state.sample +"),
+            ("torch.zeros_like(drawn_ids)", "drawn_ids"),
+            ("if source.store.slots is not None:", "if source.store.slots is not None and bool(drawn_ids[0] >= 0):"),
+        ),
+    ),
+    (
+        "maskdiff/optim.py",
+        CAPTURE,
+        (
+            ("self.next_sample.fill_(number)", "self.next_sample = torch.tensor(number)"),
+            ("                param.grad = None  # of", "                pass  # of"),
+        ),
+    ),
+    (
+        "maskdiff/capture.py",
+        CAPTURE,
+        (
+            ("with self.state.kept():", "if True:"),
+            ("key = mask, batch\n", "key = mask, 0\n"),
+            ("            self.state.made_step(batch)\n", ""),
+            ("if self.first != first:", "if self.first is None:"),
+            ("staging.fetch(first + batch)", "staging.fetch(first)"),
+        ),
+    ),
+    (
+        "kernels/ops/draw_batch/reference.py",
+        CAPTURE,
+        (
+            ("if n.is_cpu and bool(", "if bool("),
+            ("-math.log2(outside / base**2)", "-math.log(outside / base**2)"),
+            ("if read or outside == 0:", "if True:"),
+        ),
+    ),
+    ("kernels/ops/denoising_loss/reference.py", CAPTURE, (("else cu.diff().long()", "else torch.bincount(sample)"),)),
+    ("kernels/ops/samples.py", CAPTURE, (("place + across - 1 - 2 * (place % across), place)", "place, place)"),)),
+    (
+        "maskdiff/ragged.py",
+        trainer("ragged", "model"),
+        (
+            ("extras * (sample + 1)", "extras * sample + 1"),
+            ("cu_patches + extras * torch.arange(batch + 1", "cu_patches + 0 * torch.arange(batch + 1"),
+        ),
+    ),
+    (
+        "maskdiff/stages.py",
+        trainer("stages"),
+        (("(step + 1) / stage.warmup", "step / stage.warmup"), ("            batch -= 1", "            break")),
+    ),
+    (
+        "maskdiff/flops.py",
+        trainer("flops"),
+        (("for count in counts) / len(counts)", "for count in [sum(counts) / len(counts)])"),),
+    ),
+    (
+        "maskdiff/packing/decode.py",
+        trainer("decode"),
+        (
+            ("if turn not in (_TURNS[2]", "if turn in (_TURNS[2]"),
+            ("return Image.fromarray(((gray * 255 + 32767) // 65535)", "return Image.fromarray((gray // 257)"),
+        ),
+    ),
+    (
+        "maskdiff/packing/look.py",
+        (*trainer("sources"), "-k", "recipes"),
+        (("(25, 57, 128)", "(57, 25, 128)"),),
+    ),
+    (
+        "maskdiff/packing/sources.py",
+        (*trainer("sources"), "-k", "nested"),
+        (("return np.sort(np.argsort(", "return (np.argsort("),),
+    ),
+    (
+        "maskdiff/packing/archives.py",
+        (*trainer("hostile"), "-k", "lead_out or no_files"),
+        (('{"..", "\\0"} & set', '{"\\0"} & set'), ("if not member.isreg() or", "if")),
+    ),
+    (
+        "maskdiff/packing/tables.py",
+        (*trainer("sources"), "-k", "every_kind or interruptions"),
+        (("at < first + rows", "at <= first + rows"),),
+    ),
+    (
+        "maskdiff/packing/labels.py",
+        (*trainer("sources"), "-k", "labels"),
+        (("of.get(_key(attribute, value), -1)", "of.get(_key(attribute, value), 0)"),),
+    ),
+    (
+        "maskdiff/packing/journal.py",
+        (*trainer("pack"), "-k", "crash"),
+        (("if padded or not np.array_equal(keys_of(shape.images(rows)), entry.keys):", "if padded:"),),
+    ),
+    (
+        "maskdiff/packing/writer.py",
+        (*trainer("pack"), "-k", "crash or copies"),
+        (("            self._names.setdefault(key, name)\n", "            pass\n"),),
+    ),
+    (
+        "maskdiff/packing/check.py",
+        (*trainer("data"), "-k", "altered_pixel or wrong_arrays"),
+        (("if running.hexdigest() != expected:", "if number and running.hexdigest() != expected:"),),
+    ),
+    (
+        "tests/emulation/instructions.h",
+        ("tests/emulation/test_wrappers.py", "-k", "products or matrices"),
+        (
+            ("a[g + 8 * (i % 2)][c + h + 8 * (i / 2)]", "a[g + 8 * (i / 2)][c + h + 8 * (i % 2)]"),
+            ("transposed ? l / 4 :", "!transposed ? l / 4 :"),
+        ),
+    ),
+    (
+        "kernels/dispatch.py",
+        ("tests/ops/test_interface.py", "-k", "table or length or choice"),
+        (
+            ("if length <= most)", "if length < most)"),
+            ("if any(a >= b for a, b in zip([0, *most]", "if any(a > b for a, b in zip([0, *most]"),
+            ("for key in (device_key(device), device.type)", "for key in (device.type,)"),
+        ),
+    ),
+    (
+        "kernels/dispatch.py",
+        ("tests/ops/test_interface.py", "-k", "choice_by_op or using"),
+        (
+            ("        _using.clear()\n", ""),
+            ('.get(op, "auto"), "MASKDIFF_KERNELS"', '.get(op, "reference"), "MASKDIFF_KERNELS"'),
+        ),
+    ),
+    (
+        "maskdiff/bench.py",
+        trainer("bench"),
+        (
+            ('if name != "published"), default', "if name), default"),
+            (
+                'clock.mark) -> None:\n                prediction.register_hook(lambda grad: mark("loss backward"))',
+                'clock.mark) -> None:\n                prediction.register_hook(lambda grad: mark("backward"))',
+            ),
+        ),
+    ),
+    ("maskdiff/bench_kernels.py", trainer("bench"), (("excess = ms - dense_ms / ideal", "excess = ms - dense_ms"),)),
+    (
+        "maskdiff/training.py",
+        (*trainer("training"), "-k", "retained or plan"),
+        (("self.dense_ms / step_ms / self.ideal", "self.dense_ms / step_ms"),),
+    ),
+    (
+        "benchmarks/records.py",
+        ("tests/test_gpu_kernels.py",),
+        (
+            ("there / here for there, here", "here / there for there, here"),
+            ("[old for old in self.rows if _place(old) != _place(row)]", "self.rows"),
+            ('CODE = ("commit", "sources")', 'CODE = ("commit",)'),
+        ),
+    ),
+    (
+        "benchmarks/gpu_kernels.py",
+        ("tests/test_gpu_kernels.py",),
+        (
+            ("if said := judge(found.result):", "if said := judge(call()):"),
+            ("return 1 if runner.wrong else 0", "return 0"),
+            ('getattr(call, "fresh", lambda: None)()', "pass"),
+            ('or not rows[name]["error"]]', "]"),
+        ),
+    ),
+    (
+        "benchmarks/gpu_step.py",
+        ("tests/test_gpu_step.py", "-k", "waits or skipped or own_kernels"),
+        (
+            ('        torch.cuda.set_sync_debug_mode("error")\n', ""),
+            ("return case.name not in self.kept.of(", "return case.name in self.kept.of("),
+            ("own_kernels(stand, case.mask) if case.name in (OWN, NO_SYNC) else {}", "{}"),
+        ),
+    ),
+    (
+        "benchmarks/predict.py",
+        ("tests/test_predict.py", "-k", "not holds"),
+        (
+            ("if key in needed}", "if key}"),
+            ("1: 2 * gradients}", "1: gradients}"),
+        ),
+    ),
+    (
+        "benchmarks/choices.py",
+        ("tests/test_choices.py",),
+        (
+            ("if len(cases) == most}", "}"),
+            ('if row.get("wrong")}', "if False}"),
+            ('if row["card"] != card:', "if False:"),
+            ("if len(revisions) > 1:", "if False:"),
+            ('if row["shape"]["backward"]:', "if True:"),
+            ("    if options.write:\n", "    if True:\n"),
+        ),
+    ),
+    (
+        "tests/emulation/instructions.h",
+        PLAIN_FAULTS,
+        (
+            ("copy.group + open_groups >= f.group", "copy.group + open_groups > f.group"),
+            ("__builtin_memcpy(to, nan, 16);", "(void)nan;"),
+        ),
+    ),
+    (
+        "tests/emulation/emulator.h",
+        PLAIN_FAULTS,
+        (("if (m.arrived && (m.line != line || m.what != what))", "if (m.arrived && m.what != what)"),),
+    ),
+)
+MUTANTS = tuple(Mutant(file, old, new, tests) for file, tests, faults in PLANTED for old, new in faults)
