@@ -244,7 +244,10 @@ def _value(hint: Any, value: Any, base: Any, name: str, source: str) -> Any:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and abs(value) <= sys.float_info.max:  # no infinity, no NaN, no whole number beyond all floats
             return float(value)
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
+            return value
+    elif isinstance(value, hint):
         return value
     raise _WrongType(f"{source}: {name} got {_shown(value)}; it takes {describe(hint)}")
 
@@ -328,6 +331,9 @@ def _check_ranges(config: Config) -> None:
     optim.averages()
 
 
+_MOST = {"steps": 2**40, "minutes": 2**40, "batch": 2**20, "tokens": 2**26}  # of a stage
+
+
 def _check_stage(number: int, stage: Stage, config: Config) -> None:
     key = f"stages.{number}"
     for one, other in (("steps", "minutes"), ("batch", "tokens")):
@@ -335,8 +341,10 @@ def _check_stage(number: int, stage: Stage, config: Config) -> None:
         if len(given) != 1:
             has = f"both {one} and" if given else f"neither {one} nor"
             raise UserError(f"{key} has {has} {other}; give one of the two")
-        if not getattr(stage, given[0]) > 0:
-            raise UserError(f"{key}.{given[0]} is {getattr(stage, given[0])}; give more than 0")
+        if not 0 < getattr(stage, given[0]) <= _MOST[given[0]]:
+            raise UserError(
+                f"{key}.{given[0]} is {getattr(stage, given[0])}; give more than 0, up to {_MOST[given[0]]}"
+            )
     for name, good, takes in (
         ("lr", stage.lr > 0, "more than 0"),
         ("warmup", stage.warmup >= 0, "0 or more"),

@@ -265,7 +265,12 @@ def test_altered_bytes_of_configurations(configs, data):
     check_config(path, data.draw(byte_edits(json.dumps(value, indent=1).encode())))
 
 
-@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "1" * 5000, '{"seed": ' + "9" * 5000 + "}", "\x00"])
+HUGE = ['{"stages": "patch:0.5-0.9 x5 b2147483647"}', '{"stages": "patch:0.5-0.9 x5 t9999999999999"}']
+
+
+@pytest.mark.parametrize(
+    "text", [*HUGE, "[" * 200_000, '{"a":' * 200_000, "1" * 5000, '{"seed": ' + "9" * 5000 + "}", "\x00"]
+)
 def test_configurations_that_exhaust_a_reader(text, configs):
     check_config(configs[0], text.encode())
 
