@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import maskdiff_kernels
+from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops.attention import sdpa
 
 
@@ -33,10 +34,13 @@ def attention(
 ) -> Tensor:  # [B, L, H * d] or [T, H * d]
     """Softmax attention over whole sequences: by the op where it takes the width and dtype of a head, else by SDPA.
 
-    SDPA pads ragged sequences.
+    SDPA pads ragged sequences. Where the op would choose it, it is called under autograd, which keeps what its backward
+    pass reads; the op, which keeps the output alone, would run its forward pass again.
     """
     if qkv.shape[-1] in maskdiff_kernels.ATTENTION_WIDTHS and qkv.dtype != torch.float64:
-        return maskdiff_kernels.attention(qkv, cu_seqlens, max_seqlen)
+        length = qkv.shape[1] if max_seqlen is None else max_seqlen
+        if torch.compiler.is_compiling() or dispatch.choice("attention", qkv.device, length=length) != "sdpa":
+            return maskdiff_kernels.attention(qkv, cu_seqlens, max_seqlen)
     return sdpa.forward(qkv, cu_seqlens, max_seqlen, qkv.shape[-1] ** -0.5)
 
 

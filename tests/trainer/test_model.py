@@ -377,3 +377,21 @@ def test_compiled_blocks_are_the_same_and_compiled_once_for_all_rates():
     assert 0 < counts[0] < config.blocks  # blocks alike share a form
     assert counts == [counts[0]] * len(counts)
     assert list(compiled.state_dict()) == list(model.state_dict())
+
+
+def test_sdpa_that_is_chosen_runs_once_a_step(monkeypatch):
+    """As the op's implementation it would run again in the backward pass."""
+    calls, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*arguments, **options):
+        calls.append(arguments[0].shape)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    qkv = torch.randn(2, 5, 3, 2, 32, requires_grad=True)
+    with maskdiff_kernels.using(attention="sdpa"):
+        (ours,) = torch.autograd.grad(attention(qkv).square().sum(), qkv)
+    assert len(calls) == 1
+    (theirs,) = torch.autograd.grad(attention(qkv).square().sum(), qkv)
+    assert len(calls) == 1  # another implementation
+    torch.testing.assert_close(ours, theirs)
