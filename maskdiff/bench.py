@@ -26,6 +26,7 @@ IMAGES = 256  # random ones: a step's cost does not depend on what they show
 BASELINES = ("strong", "compiled", "published")
 OURS = "maskdiff"
 OWN = "maskdiff-own"  # our step by own kernels wherever there are some; benchmarks/gpu_step.py
+FUSED = "maskdiff-fused"  # the same with blocks fused by torch.compile
 Row = dict[str, Any]
 Progress = Callable[[str], None]
 

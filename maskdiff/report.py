@@ -6,6 +6,7 @@ from typing import Any
 LABELS = {
     "maskdiff": "maskdiff",
     "maskdiff-own": "maskdiff, own kernels throughout",
+    "maskdiff-fused": "maskdiff, own kernels, blocks compiled",
     "strong": "plain PyTorch, strong",
     "compiled": "plain PyTorch, strong, compiled",
     "published": "as published",
@@ -136,6 +137,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     colours = {
         "maskdiff": "#d1495b",
         "maskdiff-own": "#8c1c2e",
+        "maskdiff-fused": "#e08e45",
         "strong": "#00798c",
         "compiled": "#66a182",
         "published": "#8d96a3",

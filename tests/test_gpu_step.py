@@ -12,6 +12,7 @@ import torch
 
 import maskdiff_kernels as mk
 from maskdiff import bench, flops, measure, presets
+from maskdiff.model import UViT
 from maskdiff_kernels import dispatch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -22,7 +23,7 @@ NAMES = ("maskdiff-own", "maskdiff", "no-sync", "strong", "published")  # compil
 def step(tmp_path, monkeypatch, capsys):
     """Runs the command on the CPU; gives its exit status, its output and the rows it leaves."""
     every = gpu_step.cases(CPU)
-    assert {case.name for case in every} == {*NAMES, "compiled"}
+    assert {case.name for case in every} == {*NAMES, "compiled", "maskdiff-fused"}
     monkeypatch.setattr(gpu_step, "cases", lambda device: [case for case in every if case.name in NAMES])
 
     def run(*options: str) -> tuple[int, str, list[records.Row]]:
@@ -94,8 +95,10 @@ def test_no_compiling_is_begun_late(tmp_path):
     kept = records.Records(tmp_path / "rows.json", records.stamp(CPU, "one"))
     runner = gpu_step.Runner(kept, CPU, 2, deadline=gpu_step.time.monotonic() + 60)
     runner.device = CUDA
-    late = {name: runner.late(gpu_step.Case("tiny", 4, "dense", name)) for name in ("strong", "compiled")}
-    assert late == {"strong": False, "compiled": True}
+    late = {
+        name: runner.late(gpu_step.Case("tiny", 4, "dense", name)) for name in ("strong", "compiled", "maskdiff-fused")
+    }
+    assert late == {"strong": False, "compiled": True, "maskdiff-fused": True}
 
 
 def test_a_device_that_answers_no_more(step, monkeypatch):
@@ -127,6 +130,15 @@ def test_own_kernels_run_in_their_row_alone(step, monkeypatch):
     assert set(rows["maskdiff-own"]["kernels"].values()) == {"cpp"}
 
 
+def test_the_fused_row_has_compiled_blocks(step, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(gpu_step, "cases", lambda device: [gpu_step.Case("tiny", 4, "dense", "maskdiff-fused")])
+    monkeypatch.setattr(UViT, "compile_blocks", lambda model: compiled.append(len(model.blocks)))
+    (row,) = step()[2]
+    assert len(compiled) == 1 and row["implementation"] == "maskdiff-fused" and row["error"] is None
+    assert set(row["kernels"].values()) == {"cpp"} and not row["peer"]
+
+
 @pytest.mark.parametrize(("option", "said"), [("--device=cuda", "sees no CUDA device"), ("--device=tpu", "not 'tpu'")])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_bad_options(step, capsys, option, said):
@@ -144,7 +156,7 @@ def test_rows_of_a_card():
     places = {(case.model, case.batch) for case in rows}
     assert places == {("celeba64", 256), ("celeba64", 64), ("celeba64", 16), ("celebahq256", 32)}
     for place in places:
-        for name in ("maskdiff-own", "maskdiff", "strong", "compiled", "published"):
+        for name in ("maskdiff-own", "maskdiff-fused", "maskdiff", "strong", "compiled", "published"):
             masks = [case.mask for case in rows if (case.model, case.batch) == place and case.name == name]
             assert masks == ["dense", "patch:0.5", "patch:0.75", "patch:0.9"]
     assert {(case.model, case.batch) for case in rows if case.name == "no-sync"} == {
