@@ -191,11 +191,11 @@ def test_launches_that_may_run_side_by_side_share_no_slot(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    first, again = (cuda._slot(gpu) for _ in range(2))
+    first, again = (cuda.slot(gpu) for _ in range(2))
     capturing = True
-    captured = [cuda._slot(gpu) for _ in range(3)]
+    captured = [cuda.slot(gpu) for _ in range(3)]
     capturing, stream = False, SimpleNamespace(cuda_stream=2)
-    assert first == again and len({first, *captured, cuda._slot(gpu)}) == 5
+    assert first == again and len({first, *captured, cuda.slot(gpu)}) == 5
 
 
 def test_slots_end(monkeypatch):

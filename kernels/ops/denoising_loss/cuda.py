@@ -79,7 +79,7 @@ def slot(device: torch.device) -> int:
     Those of a stream run one after another. A graph that is being captured may later run beside anything: each launch
     in it keeps a slot of its own.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and _capturing(device):
         number = next(_fresh)
     else:
         key = device.index, current_stream(device)
@@ -87,3 +87,9 @@ def slot(device: torch.device) -> int:
     if number >= SLOTS:
         raise RuntimeError(f"denoising_loss: captured in graphs {SLOTS} times, takes no more in a process")
     return number
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured on the current stream of `device`, which need not be the current device."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
