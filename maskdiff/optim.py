@@ -212,7 +212,8 @@ def kernels(config: OptimConfig, device: torch.device) -> dict[str, str]:
     try:
         return maskdiff_kernels.chosen(device, adamw_ema=config.optimizer)
     except ValueError as error:
-        raise UserError(f"optim.optimizer is {config.optimizer}: {error}") from None
+        asked = "" if config.optimizer == "auto" else f"optim.optimizer is {config.optimizer}: "
+        raise UserError(f"{asked}{error}") from None
 
 
 def adamw_ema(state: FlatState, grads: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -342,3 +342,10 @@ def test_compile_without_a_compiler(fails, monkeypatch):
         line = fails(*TINY, "--out", "run", "--compile")
     assert "--compile" in line and "C++ compiler" in line and "no-such-compiler" in line
     assert not Path("run").exists()
+
+
+def test_kernels_that_an_op_does_not_have(fails, monkeypatch):
+    monkeypatch.setenv("MASKDIFF_KERNELS", "sdpa")
+    line = fails(*TINY, "--out", "run")
+    assert line.startswith("error: MASKDIFF_KERNELS: got 'sdpa'") and "takes auto or one of" in line
+    assert not Path("run").exists()
