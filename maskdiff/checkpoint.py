@@ -69,7 +69,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path} is no checkpoint: it has no {META}") from None
     except (ValueError, RecursionError):
-        raise UserError(f"{meta_path} is damaged: it is not JSON of a checkpoint; use an earlier one") from None
+        raise UserError(f"{meta_path} is damaged: it is not JSON of a checkpoint; use an earlier checkpoint") from None
     if meta.get("format") != FORMAT:
         raise UserError(f"{meta_path} has format {meta.get('format')!r}; this version of maskdiff reads {FORMAT}")
     if meta.get("hash") != _meta_hash(meta):

@@ -447,8 +447,7 @@ def run(out, monkeypatch, captured, stages, *more):
     training.run(dataclasses.replace(config, max_steps=7))
     training.run(config, resume=True)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        del row["step_ms"], row["train_s"]
+    rows = [{key: row[key] for key in row if key not in ("step_ms", "train_s", "retained")} for row in rows]
     return rows, checkpoint.load(checkpoint.latest(out))[0]
 
 
