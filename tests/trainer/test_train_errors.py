@@ -138,7 +138,9 @@ def test_empty_data(fails, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no picture in the folder" in fails("--preset", "emoji32", "--data", "empty")
     (tmp_path / "empty.zip").touch()
-    assert "empty.zip' is an empty file; give a folder, zip or tar" in fails("--preset", "emoji32", "--data", "empty.zip")
+    assert "empty.zip' is an empty file; give a folder, zip or tar" in fails(
+        "--preset", "emoji32", "--data", "empty.zip"
+    )
 
 
 def test_unreadable_data(fails, tmp_path):
