@@ -113,7 +113,8 @@ def test_a_switched_step_runs_what_it_says(monkeypatch):
     def broken(*arguments):
         raise ValueError("takes at most\n3 tokens")
 
-    monkeypatch.setattr(mk.dispatch.implementations("attention")["sdpa"].module, "run", broken)
+    sdpa = mk.dispatch.implementations("attention")["sdpa"].module
+    monkeypatch.setattr(sdpa, "forward", broken)  # what layers.attention calls
     stand = bench.Bench(TINY, 2, CPU, torch.float32)
     rows = {row["implementation"]: row for row in bench_kernels.choices(stand, ["patch:0.5"], 2)}
     assert ran == (["run"] * 3 + ["run_backward"] * 3) * 5  # once to see that it runs, two to warm, two measured

@@ -107,7 +107,7 @@ def test_no_reference_waits_for_a_device(device, monkeypatch, mask, adamw):
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *_, **__: None)  # this device has none
     choice = dispatch.choice
     names = {"adamw_ema": adamw, "attention": "reference"}
-    monkeypatch.setattr(dispatch, "choice", lambda op, *rest: names.get(op) or choice(op, *rest))
+    monkeypatch.setattr(dispatch, "choice", lambda op, *rest, **more: names.get(op) or choice(op, *rest, **more))
     result = step_on(device, mask)
     assert all(figure.device == device for figure in tuple(vars(result).values()))
 
