@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import maskdiff_kernels as mk
 from maskdiff import flops
 from maskdiff.bench import Bench
 
@@ -172,8 +173,8 @@ def by_storage(taken: list[Tensor]) -> dict[int, int]:
 
 
 def recorded(stand: Bench, mask: str) -> list[Work]:
-    """The work of one of our steps, as the code stands."""
-    with Recorder() as recorder:
+    """The work of one of our steps, as the code stands; attention by the op, not by SDPA under autograd."""
+    with mk.using(attention="reference"), Recorder() as recorder:
         stand.ours(stand.mask(mask))()
     return with_pixels_alone(recorder.work, stand, mask)
 
