@@ -19,7 +19,7 @@ def run(u: Update) -> tuple[Tensor, Tensor]:
     rows = zip(grads, u.decays, *map(u.parts, (u.master, u.exp_avg, u.exp_avg_sq)), strict=True)
     for grad, decays, master, exp_avg, exp_avg_sq in rows:
         g = clip * grad
-        m = u.beta1 * exp_avg + (1 - u.beta1) * g
+        m = exp_avg + (1 - u.beta1) * (g - exp_avg)
         v = u.beta2 * exp_avg_sq + (1 - u.beta2) * g * g
         step = (m / correction) / ((v / correction_sq).sqrt() + u.eps)
         decayed = master * u.weight_decay if decays else 0
