@@ -241,6 +241,8 @@ def main() -> int:
     ops = options.ops.split(",")
     if unknown := [op for op in ops if op not in OPS]:
         parser.error(f"--ops: no op {unknown[0]!r}; there are {', '.join(OPS)}")
+    if options.device not in ("cuda", "cpu"):
+        parser.error(f"--device: takes cuda or cpu, not {options.device!r}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: PyTorch sees no CUDA device")
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)

@@ -206,21 +206,16 @@ def line(row: records.Row) -> str:
     )
 
 
-def mine(kept: records.Records) -> list[records.Row]:
-    """The rows of this card and commit."""
-    return [row for row in kept.rows if (row["card"], row["commit"]) == (kept.stamp["card"], kept.stamp["commit"])]
-
-
 def status(kept: records.Records) -> int:
-    """1 where a step of this card and commit waited for the device, else 0."""
-    rows = (row for row in mine(kept) if row["implementation"] == NO_SYNC and not row["device"].startswith("cpu"))
+    """1 where a step on this card, with this code, waited for the device or failed to tell, else 0."""
+    rows = (row for row in kept.current() if row["implementation"] == NO_SYNC and not row["device"].startswith("cpu"))
     return int(any(row["error"] for row in rows))
 
 
 def results(kept: records.Records, known: dict[str, Config]) -> list[dict[str, Any]]:
-    """What the rows of this commit tell of each model and batch, in the form of `maskdiff.bench --json`."""
+    """What the rows of this code tell of each model and batch, in the form of `maskdiff.bench --json`."""
     groups: dict[tuple[str, int], list[records.Row]] = {}
-    for row in mine(kept):
+    for row in kept.current():
         if row["ms"]:
             groups.setdefault((row["shape"]["model"], row["shape"]["batch"]), []).append(row)
     order = [OWN, FUSED, OURS, *bench.BASELINES]
@@ -254,7 +249,7 @@ def pictures(found: list[dict[str, Any]], path: Path) -> list[str]:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        return ["no picture: matplotlib is not here; maskdiff.report draws the rows anywhere else"]
+        return ["no picture: matplotlib is not here"]
     said = []
     for result in found:
         if len({row["mask"] for row in result["rows"] if row["retained"] is not None}) > 1:

@@ -32,10 +32,10 @@ def flat(result: Any) -> list[torch.Tensor]:
 
 
 def unlike(got: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
-    """How results differ by more than some roundings of their dtypes; "" if they do not.
+    """How results differ by more than four units in the last place of their dtypes; "" if they do not.
 
-    A number by itself is a sum or a norm of everything, n numbers: it may differ by sqrt(n) roundings, which is what
-    sums gather in whatever order (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
+    A number by itself is a sum or a norm of everything, n numbers: it may differ by sqrt(n) of them, which is what sums
+    gather in whatever order (Higham and Mary, SIAM J. Sci. Comput. 41, 2019).
     """
     of_sums = max(4, max((b.numel() for b in expected), default=0) ** 0.5)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):

@@ -28,7 +28,7 @@ from maskdiff_kernels.source_version import SUFFIXES, hash_sources
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ("csrc", "kernels", "benchmarks")  # folders of kernels, their dispatch, and their peers
+MEASURED = ("csrc", "kernels", "maskdiff", "benchmarks")  # folders of whatever a row's time depends on
 COPY = "(copy)"  # what runs in turns with the implementations
 CODE = ("commit", "sources")  # what says with which code a row was measured
 SHARES = ("p20", "p50", "p80")

@@ -130,7 +130,7 @@ typedef struct {
   double weight_decay;
   double ema_decay;   // the final ones: decays rise as (1 + k) / (10 + k), k the updates that the averages have seen
   double ema2_decay;
-  double ema_gamma;   // of 0 or more: decays are (1 - 1/k)^(gamma + 1) instead; below 0: they are not
+  double ema_gamma;   // of 0 or more: decays are (1 - 1/k)^(gamma + 1) instead; below 0: as above
   double ema2_gamma;
 } maskdiff_adamw_numbers;
 
@@ -201,21 +201,21 @@ MASKDIFF_API int maskdiff_cuda_count_words(const int64_t* seed, const int64_t* n
 
 // noisy_patches and denoising_loss as the CPU library's; the patches may also lie in pinned memory of the host, and then
 // have to stay there, unchanged, until the stream has passed the call. Numbers in tensors are not checked: the elements of
-// a patch whose image, place, slot or timestep is out of range are NaN, a ragged sample's offsets are cut to 0 .. M, and
-// nothing else is read or written. At most 2^31 - 1 groups of four elements. noisy_patches gives the bits of the CPU
-// library. Errors: BAD_RANGE (more than that), BAD_OPTION.
+// a patch whose image, place or timestep is out of range are NaN, so are those of a bad slot where pixels are read; a
+// ragged sample's offsets are cut to 0 .. M, and nothing else is read or written. At most 2^31 - 1 groups of four
+// elements. noisy_patches gives the bits of the CPU library. Errors: BAD_RANGE (more than that), BAD_OPTION.
 MASKDIFF_API int maskdiff_cuda_noisy_patches(const maskdiff_samples* samples, void* out, int dtype, int device,
                                              void* stream);
 
 // One launch; error has the bits of the CPU library, the losses are the same on every GPU. workspace: as many doubles as
-// maskdiff_cuda_denoising_loss_workspace says. slot, 0 .. MASKDIFF_CUDA_SLOTS - 1: calls that may run side by side on a GPU
-// (on two streams, or in a captured graph and beside it) must not have the same. Errors as noisy_patches; BAD_RANGE also
-// for another slot, or without alpha_sigma.
-#define MASKDIFF_CUDA_SLOTS 16384
+// maskdiff_cuda_denoising_loss_workspace says. counter, from 0 to below MASKDIFF_CUDA_COUNTERS: calls that may run side by
+// side on a GPU (on two streams, or in a captured graph and beside it) must not have the same. Errors as noisy_patches;
+// BAD_RANGE also for another counter, or without alpha_sigma.
+#define MASKDIFF_CUDA_COUNTERS 16384
 MASKDIFF_API int maskdiff_cuda_denoising_loss(const maskdiff_samples* samples, const void* prediction,
                                               int64_t sample_stride, int64_t patch_stride, int dtype, int target,
                                               const float* weight, float* mean, float* per_sample, void* error,
-                                              double* workspace, int slot, int device, void* stream);
+                                              double* workspace, int counter, int device, void* stream);
 MASKDIFF_API int64_t maskdiff_cuda_denoising_loss_workspace(const maskdiff_samples* samples);
 
 // gradient = error times (grad_mean / B + grad_per_sample_b) / (elements that sample b shows), rounded once. Tensors as the

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -45,7 +45,7 @@ BY_LENGTH = ("attention",)  # ops whose implementation may depend on the most to
 _OPS: dict[str, dict[str, Implementation]] = {}
 
 
-def register(op: str, **implementations: ModuleType) -> None:
+def register(op: str, **modules: ModuleType) -> None:
     """Names the implementations of an op. The name says what it needs: cpp the CPU library, cuda the CUDA library and a
     GPU, triton, xformers and apex such a package and a GPU, the others nothing."""
     kinds: dict[str, tuple[tuple[str, ...], Callable[[], str]]] = {
@@ -56,16 +56,22 @@ def register(op: str, **implementations: ModuleType) -> None:
         "sdpa": ((), lambda: "PyTorch's scaled_dot_product_attention, any device"),
         "explicit": ((), lambda: "PyTorch's products and softmax, any device"),
         "triton": (triton_package.DEVICES, triton_package.load),
-        "xformers": (("cuda",), lambda: implementations["xformers"].load()),
-        "apex": (("cuda",), lambda: implementations["apex"].load()),
+        "xformers": (("cuda",), lambda: modules["xformers"].load()),
+        "apex": (("cuda",), lambda: modules["apex"].load()),
     }
-    _OPS[op] = {name: Implementation(module, *kinds[name]) for name, module in implementations.items()}
+    _OPS[op] = {name: Implementation(module, *kinds[name]) for name, module in modules.items()}
 
 
 def _cuda() -> str:
     archs = library.cuda_archs()
     if not torch.cuda.is_available():
         raise library.LibraryError("PyTorch sees no CUDA device")
+    major, minor = torch.cuda.get_device_capability()  # of the current one
+    if (major, minor) < (8, 0):
+        raise library.LibraryError(f"the CUDA kernels need compute capability 8.0, this GPU is {major}.{minor}")
+    if not library.runs_on(archs, (major, minor)):
+        build = f"run `MASKDIFF_CUDA_ARCHS={major}{minor} pip install -e .` in the repository"
+        raise library.LibraryError(f"the CUDA kernels were built for {archs}, this GPU is {major}.{minor}: {build}")
     return f"CUDA C++, built for {archs}"
 
 
@@ -76,8 +82,9 @@ def backends(op: str) -> dict[str, tuple[bool, str]]:
 
 def able(op: str, device: torch.device | str) -> list[str]:
     """The implementations of an op that can run for tensors on `device` here."""
-    kind = torch.device(device).type
-    return [name for name, implementation in implementations(op).items() if implementation.can_run(kind)[0]]
+    device = torch.device(device)
+    with _current(device):
+        return [name for name, implementation in implementations(op).items() if implementation.can_run(device.type)[0]]
 
 
 def chosen(device: torch.device | str, backend: str = "auto", **by_op: str) -> dict[str, str]:
@@ -87,6 +94,8 @@ def chosen(device: torch.device | str, backend: str = "auto", **by_op: str) -> d
 
     Where it depends on the length, all are named: "cuda to 288 tokens, triton beyond".
     """
+    for op in by_op:
+        implementations(op)  # raises for an unknown op
     return {op: _words(_chosen(op, device, by_op.get(op, backend))) for op in _OPS}
 
 
@@ -123,20 +132,20 @@ _using: dict[str, str] = {}  # what `using` says now
 def using(**names: str) -> Iterator[None]:
     """Has ops run by the named implementations inside: `with using(attention="sdpa"):`, for calls that name none.
 
-    "auto" lets the table choose. It holds for all threads (autograd runs backward passes in some of its own) and not
-    for a CUDA graph that was captured before. May be nested: what the inner one does not name stays. Raises ValueError
-    for an unknown op or name; one that cannot run is an error of the call that would run it.
+    "auto" lets the table choose. It holds for all threads and not for a CUDA graph that was captured before. A backward
+    pass runs what its forward pass chose; that of a compiled function chooses again: keep both inside. May be nested:
+    what the inner one does not name stays. Raises ValueError for an unknown op or name; one that cannot run is an error
+    of the call that would run it.
     """
     for op, name in names.items():
         if name not in ("auto", *implementations(op)):
             raise _unknown("using", name, op)
-    before = dict(_using)
-    _using.update(names)
+    global _using
+    before, _using = _using, {**_using, **names}
     try:
         yield
     finally:
-        _using.clear()
-        _using.update(before)
+        _using = before
 
 
 @functools.cache
@@ -156,26 +165,35 @@ def _unknown(said_by: str, name: str, op: str) -> ValueError:
 
 
 def _chosen(op: str, device: torch.device | str, backend: str) -> str | ByLength:
-    implementations(op)
-    return _choice(op, torch.device(device), *asked(op, backend))
+    implementations(op)  # raises for an unknown op
+    device, (name, said_by) = torch.device(device), asked(op, backend)
+    return _choice(op, device, name, said_by, device_key(device) if name == "auto" else "")
 
 
 @functools.cache  # the ops ask at every call; errors are not kept
-def _choice(op: str, device: torch.device, backend: str, said_by: str) -> str | ByLength:
+def _choice(op: str, device: torch.device, backend: str, said_by: str, key: str) -> str | ByLength:
     known = implementations(op)
     found: str | ByLength = backend
     if backend == "auto":
-        found, said_by = _table_choice(op, device), "choices.json"
+        found, said_by = _table_choice(op, device.type, key), "choices.json"
     elif backend not in known:
         raise _unknown(said_by, backend, op)
     if found == "auto":
-        return next((name for name, how in known.items() if how.can_run(device.type)[0]), "reference")
+        with _current(device):
+            return next((name for name, how in known.items() if how.can_run(device.type)[0]), "reference")
     for name in (found,) if isinstance(found, str) else dict.fromkeys(name for _, name in found):
         implementation = known[name]
         if implementation.devices and device.type not in implementation.devices:
             raise ValueError(f"{said_by}: {name!r} of {op} {implementation.can_run(device.type)[1]}")
-        implementation.load()
+        with _current(device):
+            implementation.load()
     return found
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current one, of which implementations are asked whether they can run there."""
+    gpu = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if gpu else nullcontext()
 
 
 def _words(found: str | ByLength) -> str:
@@ -240,6 +258,6 @@ def device_key(device: torch.device) -> str:
     return f"cpu:{library.cpu_level()}" if device.type == "cpu" else device.type
 
 
-def _table_choice(op: str, device: torch.device) -> str | ByLength:
+def _table_choice(op: str, kind: str, key: str) -> str | ByLength:
     table = _table()
-    return next((table[key][op] for key in (device_key(device), device.type) if op in table.get(key, {})), "auto")
+    return next((table[name][op] for name in (key, kind) if op in table.get(name, {})), "auto")

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,6 +40,22 @@ def cuda() -> ctypes.CDLL:
 def cuda_archs() -> str:
     """The compute capabilities that the CUDA library was built for, as "80,90,100,120". Raises LibraryError."""
     return cuda().maskdiff_cuda_archs().decode()
+
+
+def runs_on(
+    archs: str,  # as cuda_archs gives them
+    capability: tuple[int, int],  # compute capability of a GPU
+) -> bool:
+    """Whether what was built for these runs there: machine code on its own capability and on later ones of the same
+    major number, and the last, which comes as PTX too, on every later one. "90a": on that one alone.
+
+    Source: CUDA C++ Programming Guide, 3.1.2 to 3.1.4.
+    """
+    built = [(int(digits[:-1]), int(digits[-1]), kind) for digits, kind in re.findall(r"(\d+)([a-z]?)", archs)]
+    for major, minor, kind in built:
+        if (major, minor) == capability or kind != "a" and major == capability[0] and minor < capability[1]:
+            return True
+    return not built[-1][2] and built[-1][:2] < capability
 
 
 def _opened(name: str, prefix: str, missing: str, build: str) -> ctypes.CDLL:

@@ -240,7 +240,10 @@ def equal_tokens(bench: Bench, masks: list[str], rounds: int) -> list[Row]:
     config = bench.model_config
     budget = bench.batch * (config.patches + config.extras)
     batches = {text: max(1, int(budget / bench.row(text, OURS)["tokens"])) for text in masks}
-    calls = {text: bench.ours(bench.mask(text, size), size) for text, size in batches.items()}
+    calls = {
+        text: measure.as_graph(bench.ours(bench.mask(text, size), size), bench.device)[0]
+        for text, size in batches.items()
+    }
     clock = measure.StepClock() if bench.device.type == "cuda" else measure.wall_clock
     times = measure.interleaved(calls, rounds, bench.device, clock=clock)
     return [

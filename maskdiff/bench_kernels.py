@@ -34,7 +34,8 @@ def _choices_at(bench: Bench, text: str, rounds: int, progress: Callable[[str], 
     step = bench.ours(mask)
     longest = max(mask.counts) + bench.model_config.extras
     rows: list[Row] = [{"mask": text, "op": None, "implementation": CHOSEN, "error": None}]
-    calls = {CHOSEN: measure.as_graph(_warmed(step), device)[0]}
+    calls = {}
+    calls[CHOSEN], rows[0]["launches"] = measure.as_graph(_warmed(step), device)
     for op in maskdiff_kernels.chosen(device):
         chosen = dispatch.choice(op, device, length=longest)
         for name in dispatch.able(op, device):
@@ -44,7 +45,7 @@ def _choices_at(bench: Bench, text: str, rounds: int, progress: Callable[[str], 
             row: Row = {"mask": text, "op": op, "implementation": name, "instead_of": chosen, "error": None}
             rows.append(row)
             try:
-                calls[_key(row)] = _switched(step, op, name, device)
+                calls[_key(row)], row["launches"] = _switched(step, op, name, device)
             except (RuntimeError, ValueError, TypeError) as error:
                 row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
                 for parameter in bench.state.params:
@@ -68,14 +69,14 @@ def _warmed(step: Callable[[], object]) -> Callable[[], object]:
     return step
 
 
-def _switched(step: Callable[[], object], op: str, name: str, device: torch.device) -> Callable[[], object]:
-    """The step with another implementation: a graph keeps the one that it was captured with."""
+def _switched(step: Callable[[], object], op: str, name: str, device: torch.device) -> tuple[Callable, str]:
+    """The step with another implementation: a graph keeps the one that it was captured with. And how it is launched."""
 
     def call() -> object:
         with maskdiff_kernels.using(**{op: name}):
             return step()
 
-    return measure.as_graph(_warmed(call), device)[0]
+    return measure.as_graph(_warmed(call), device)
 
 
 def by_kernel(bench: Bench, masks: list[str], progress: Callable[[str], None] = lambda _: None) -> dict[str, list[Row]]:

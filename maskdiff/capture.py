@@ -16,6 +16,7 @@ from torch import Tensor
 from maskdiff_kernels import Batch, Mask, Store
 from maskdiff_kernels.ops.samples import Samples, flatten
 
+from .errors import first_line
 from .model import UViT
 from .optim import FlatState, Hyper
 from .step import Objective, Source, StepResult, device_step, draw, train_step
@@ -39,6 +40,7 @@ class Captured:
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         pool = None if shared is None else shared.graph.pool()
+        # torch.cuda.graph leaves its stream set where the capture fails
         with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(self.graph, pool=pool):
             self.result = call()  # every replay writes it anew
 
@@ -105,10 +107,9 @@ class Steps:
             with self.state.kept():
                 return Captured(call, self.device, shared)
         except Exception as error:  # of whatever kind: a real fault comes again in the step itself
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             self.say(
                 f"note: steps of {batch} images with up to {max(mask.counts)} patches run without a CUDA graph: "
-                f"{type(error).__name__}: {reason}"
+                f"{type(error).__name__}: {first_line(error)}"
             )
             return None
 

@@ -95,12 +95,15 @@ def prepare(
     """Opens data of any kind: "faces:N", "faces-b:N", "digits", any source of pictures, or a packed set.
 
     All but a packed set is packed into the cache the first time, under a key of its content and of how it is packed.
-    A packed set is taken as it is, with its own crop, background, subset and held-out images.
+    A packed set is taken as it is, with its own crop, background, subset and held-out images: others are an error.
     Raises UserError where there is no usable image, and for sizes that do not fit.
     """
     check_geometry(image_size, patch)
     path = Path(spec)
     if path.is_dir() and is_packed(path):
+        for key, given in (("crop", crop != "centre"), ("subset", subset), ("background", background != "white")):
+            if given:
+                raise UserError(f"data.{key}: {str(spec)!r} is packed already; pack its pictures again with --{key}")
         packed = open_packed(path, patch)
         if packed.image_size != image_size:
             raise UserError(f"{str(spec)!r} holds images of {packed.image_size} px, the model wants {image_size}")
@@ -131,12 +134,21 @@ def source_of(spec: str, options: Options) -> Source:
     if kind in STYLES and (colon or not Path(spec).exists()):
         if not number.isascii() or not number.isdigit() or not 0 < int(number[:12]) < 2**31:
             raise UserError(f"{spec!r}: {kind} needs a number of images, such as {kind}:20000")
+        _no_options(spec, options)
         return FaceSource(kind, int(number))
     if spec == "digits":
+        _no_options(spec, options)
         return DigitsSource()
     if exists(spec):
         return open_source(spec, options)
     raise UserError(f"no data at {spec!r}: no such file or folder; give {ALL_KINDS}")
+
+
+def _no_options(spec: str, options: Options) -> None:
+    if options != Options():
+        raise UserError(
+            f"{spec!r} is made here as it is: it takes no crop, filter, background, labels, column or subset"
+        )
 
 
 def _store(path: Path, manifest: Manifest) -> Store:

@@ -11,6 +11,12 @@ class UserError(ValueError):
     """A mistake that the user can mend. The message names what is wrong, what was given, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return (lines[0][:200] if lines else "") or type(error).__name__
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's main function; a user's mistake ends it with one line on stderr and exit status 2.
 

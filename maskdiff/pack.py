@@ -57,8 +57,8 @@ def _show(packed: Path, file: Path) -> None:
 
 def _summary(manifest: Manifest) -> str:
     labels = ", ".join(
-        f"{name} ({len(classes)} classes)"
-        for name, classes in zip(manifest.label_names, manifest.class_names, strict=True)
+        f"{name} ({len(classes)} classes{f', {counts[-1]:,} images without' if counts[-1] else ''})"
+        for name, classes, counts in zip(manifest.label_names, manifest.class_names, manifest.class_counts, strict=True)
     )
     return (
         f"{manifest.count:,} images of {manifest.image_size} px, patch {manifest.patch}, "

@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 
 def resolve_device(name: str) -> torch.device:
@@ -50,8 +50,9 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:
         needs = "Triton" if device.type == "cuda" else "a C++ compiler"
-        said = str(error).strip().splitlines()[0]
-        raise UserError(f"--compile: torch.compile needs {needs}, and does not work here: {said}") from error
+        raise UserError(
+            f"--compile: torch.compile needs {needs}, and does not work here: {first_line(error)}"
+        ) from error
 
 
 def keep_freed_memory() -> bool:

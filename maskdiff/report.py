@@ -95,7 +95,7 @@ def _choices(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['op']}={row['implementation']}" if row["op"] else "as chosen",
             "" if row["error"] else f"{row['step_ms']:.2f}",
             "" if row["error"] else f"{row['ratio']:.3f}",
-            "",
+            "" if row["error"] or row["launches"] == rows[0]["launches"] else row["launches"],
         )
         for row in rows
     ]

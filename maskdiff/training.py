@@ -204,11 +204,15 @@ class _Training:
         dense = Mask("dense", 0, (total,))
         times: dict[str, list[float]] = {"step": [], "dense": []}
         probe = self._steps(lambda _: None)  # of its own: what dense steps of this batch take is given back
+        for probed in dict.fromkeys((mask, dense)):  # not inside `kept`: a capture keeps the state by itself
+            probe.prepare(probed, batch)
+        first = self.state.sample
         with self.state.kept():
             for turn in range(1 + max(1, self.config.probe_steps)):
                 for name, probed in (("step", mask), ("dense", dense)):
                     if name == "dense" and mask.kind == "dense":
                         continue
+                    self.state.sample = first + turn * batch  # each goes on with what it has staged
                     start = measure.now(self.device)
                     probe(probed, batch, Hyper(0.0, stage.clip))
                     if turn:  # the first pair warms caches and allocator

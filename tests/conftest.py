@@ -1,4 +1,4 @@
-"""What tests of every part share."""
+"""What tests of every part share; Triton 3.6's interpreter put right for new NumPy and bfloat16."""
 
 from collections.abc import Iterator
 

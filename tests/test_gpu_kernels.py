@@ -79,9 +79,7 @@ def test_finished_rows_are_skipped(bench, monkeypatch):
 
 def test_what_was_edited_is_measured_again(bench, monkeypatch, tmp_path):
     """A commit's name alone, "...-dirty" or "unversioned", does not change with an edit."""
-    edited = [
-        tmp_path / folder / name for folder, name in (("csrc", "a.cu"), ("kernels", "b.py"), ("benchmarks", "c.py"))
-    ]
+    edited = [tmp_path / "csrc" / "a.cu", *(tmp_path / folder / "a.py" for folder in records.MEASURED[1:])]
     for path in edited:
         path.parent.mkdir()
         path.write_text("1")

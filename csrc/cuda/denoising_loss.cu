@@ -2,7 +2,7 @@
 //
 // Blocks share a sample and add up its squares in double precision; whichever block comes last adds up those sums, always in
 // the same order: the same bits every time and on every GPU. How it knows that it is the last: a counter for each launch
-// that may run beside others (a slot), zero from the start and left so. A counter in the workspace would have to be zeroed
+// that may run beside others, zero from the start and left so. A counter in the workspace would have to be zeroed
 // by a launch of its own.
 //
 // Built without contraction to fused products and sums, so that the target has the bits that a CPU gives.
@@ -16,7 +16,7 @@ constexpr int64_t kScoringBlocks = 1024; // twice what an H100 holds at a time, 
 constexpr int64_t kMostSums = 64;        // of a sample: one thread adds them up
 constexpr int64_t kMostScaled = 65535;
 
-ZEROED(uint32_t, counters, MASKDIFF_CUDA_SLOTS);
+ZEROED(uint32_t, counters, MASKDIFF_CUDA_COUNTERS);
 
 struct Scored {
   const void* prediction;
@@ -26,7 +26,7 @@ struct Scored {
   void* error;     // or null
   double* sums;    // [B, parts]
   float *mean, *per_sample;
-  int slot;
+  int counter;
 };
 
 DEVICE float target_of(int target, const Sample& sample, const Quad& quad, int k) {
@@ -81,7 +81,7 @@ score(const maskdiff_samples samples, uint32_t parts, const Scored scored) {
   if (ptx::thread_x() == 0) {
     const uint32_t blocks = static_cast<uint32_t>(samples.batch) * parts;
     scored.sums[b * parts + ptx::block_y()] = sum;
-    *last = ptx::last_to_arrive(counters + scored.slot, blocks);
+    *last = ptx::last_to_arrive(counters + scored.counter, blocks);
   }
   ptx::sync_block();
   if (!*last) return;
@@ -133,14 +133,14 @@ int64_t maskdiff_cuda_denoising_loss_workspace(const maskdiff_samples* samples) 
 
 int maskdiff_cuda_denoising_loss(const maskdiff_samples* samples, const void* prediction, int64_t sample_stride,
                                  int64_t patch_stride, int dtype, int target, const float* weight, float* mean,
-                                 float* per_sample, void* error, double* workspace, int slot, int device, void* stream) {
+                                 float* per_sample, void* error, double* workspace, int counter, int device, void* stream) {
   if (!is_dtype(dtype) || target < MASKDIFF_EPS || target > MASKDIFF_V) return MASKDIFF_BAD_OPTION;
-  if (!countable(*samples) || !samples->alpha_sigma || slot < 0 || slot >= MASKDIFF_CUDA_SLOTS)
+  if (!countable(*samples) || !samples->alpha_sigma || counter < 0 || counter >= MASKDIFF_CUDA_COUNTERS)
     return MASKDIFF_BAD_RANGE;
   OnDevice here(device);
   const uint32_t parts = parts_of(*samples, kScoringBlocks, kMostSums);
   const Scored scored{prediction, sample_stride, patch_stride, dtype,      target, weight,
-                      error,      workspace,     mean,         per_sample, slot};
+                      error,      workspace,     mean,         per_sample, counter};
   return launch(score, {static_cast<unsigned>(samples->batch), parts}, kThreads, 0, stream, *samples, parts, scored);
 }
 

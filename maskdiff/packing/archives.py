@@ -39,7 +39,7 @@ class ZipReader:
         self._names, self._index = [name for name, _ in found], [at for _, at in found]
         self.fingerprint = digest(f"{name}\0{infos[at].file_size} {infos[at].CRC}" for name, at in found)
         self.count = len(found)
-        self.labels, self._rows = labels.of_files(label_spec, self._names)
+        self.labels, self.rows = labels.of_files(label_spec, self._names)
 
     def names(self) -> Sequence[str]:
         return self._names
@@ -47,7 +47,7 @@ class ZipReader:
     def items(self, chosen: Sequence[int]) -> Iterator[Item]:
         for i in chosen:
             yield Item(
-                self._names[i], InZip(str(self._path), self._stamp, self._index[i]), tuple(self._rows[i].tolist())
+                self._names[i], InZip(str(self._path), self._stamp, self._index[i]), tuple(self.rows[i].tolist())
             )
 
 
@@ -79,7 +79,7 @@ class TarReader:
         marks = (f"{name}\0{members[at].size} {members[at].mtime} {members[at].chksum}" for name, at in found)
         self.fingerprint = digest([*marks, str(os.stat(path).st_size)])
         self.count = len(found)
-        self.labels, self._rows = labels.of_files(label_spec, self._names)
+        self.labels, self.rows = labels.of_files(label_spec, self._names)
 
     def names(self) -> Sequence[str]:
         return self._names
@@ -88,11 +88,11 @@ class TarReader:
         if not self._compressed:
             for i in chosen:
                 place = InFile(str(self._path), self._members[i].offset_data, self._members[i].size)
-                yield Item(self._names[i], place, tuple(self._rows[i].tolist()))
+                yield Item(self._names[i], place, tuple(self.rows[i].tolist()))
             return
         with tarfile.open(self._path) as archive:
             for i in chosen:
-                yield Item(self._names[i], _content(archive, self._members[i]), tuple(self._rows[i].tolist()))
+                yield Item(self._names[i], _content(archive, self._members[i]), tuple(self.rows[i].tolist()))
 
 
 def _members(path: Path) -> tuple[list[tarfile.TarInfo], bool]:

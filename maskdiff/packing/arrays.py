@@ -38,7 +38,7 @@ class ArrayReader:
         self._images = _channels_last(path, self._images)
         self.count = len(self._images)
         found = _labels(path, arrays, label_spec, self.count)
-        self.labels, self._rows = found.names, found.rows
+        self.labels, self.rows = found.names, found.rows
         status = os.stat(path)
         self.fingerprint = digest([f"{status.st_size} {status.st_mtime_ns} {column}"])
 
@@ -47,7 +47,7 @@ class ArrayReader:
 
     def items(self, chosen: Sequence[int]) -> Iterator[Item]:
         for i in chosen:
-            yield Item(str(i), np.array(self._images[i]), tuple(self._rows[i].tolist()))
+            yield Item(str(i), np.array(self._images[i]), tuple(self.rows[i].tolist()))
 
 
 def _opened(path: Path, kind: str) -> dict[str, Any]:

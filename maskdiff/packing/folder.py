@@ -27,14 +27,14 @@ class FolderReader:
         self._names = [name for name, _, _ in found]
         self.fingerprint = digest(f"{name}\0{size} {time}" for name, size, time in found)
         self.count = len(found)
-        self.labels, self._rows = labels.of_files(label_spec, self._names)
+        self.labels, self.rows = labels.of_files(label_spec, self._names)
 
     def names(self) -> Sequence[str]:
         return self._names
 
     def items(self, chosen: Sequence[int]) -> Iterator[Item]:
         for i in chosen:
-            yield Item(self._names[i], InFile(os.path.join(self._path, self._names[i])), tuple(self._rows[i].tolist()))
+            yield Item(self._names[i], InFile(os.path.join(self._path, self._names[i])), tuple(self.rows[i].tolist()))
 
     def _found(self) -> Iterator[tuple[str, int, int]]:  # name, size, time
         seen = set()

@@ -135,8 +135,14 @@ def _from_csv(path: Path, wanted: list[str], names: Sequence[str]) -> Labels:
         raise UserError(f"labels {str(path)!r} have no column {missing[0]!r}; there are {', '.join(header)}")
     if not columns:
         raise UserError(f"labels {str(path)!r} have no column beside {header[key]!r}")
-    row_of = {line[key].strip().replace("\\", "/").removeprefix("./"): line for line in lines[1:]}
-    rows = [row_of.get(name) or row_of.get(end) for name, end in zip(names, _unique_ends(names), strict=True)]
+    row_of: dict[str, list[str]] = {}
+    for number, line in enumerate(lines[1:], 1):
+        file = line[key].strip().replace("\\", "/").removeprefix("./")
+        if not file or file in row_of:
+            raise UserError(f"labels {str(path)!r}: row {number} names {f'{file!r} once more' if file else 'no file'}")
+        row_of[file] = line
+    ends = _unique_ends(names)
+    rows = [row_of.get(name) or row_of.get(end or name) for name, end in zip(names, ends, strict=True)]
     if not any(rows):
         raise UserError(f"labels {str(path)!r} name none of the pictures in their column {header[key]!r}")
     places = {name: header.index(name) for name in columns}

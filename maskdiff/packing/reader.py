@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
+
 from maskdiff.packing.items import Item
 
 
@@ -14,6 +16,7 @@ class Reader(Protocol):
     name: str  # short, for people
     count: int
     labels: dict[str, list[str]]  # attribute -> names of its classes
+    rows: np.ndarray  # [count, A] int32: the class of each picture, -1 where missing
     rejects: list[tuple[str, str]]  # (name, reason) of what is known not to be usable before any work
     fingerprint: str  # of the content: other pictures, other fingerprint
 

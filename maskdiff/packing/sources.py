@@ -1,6 +1,7 @@
 """Which kind of source a name means, and pictures of any kind as a source of packed images."""
 
 import hashlib
+import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ class PictureSource:
         self.count = len(self._chosen)
         self.rejects = list(reader.rejects)
         self._look = options.look.recipe()
+        said = repr(self.labels).encode("utf-8", "backslashreplace") + reader.rows.astype("<i4").tobytes()
+        self._labels_digest = hashlib.sha256(said).hexdigest()
 
     def recipe(self) -> dict[str, Any]:
         """What the pixels and labels depend on, beside image size and patch."""
@@ -58,9 +61,10 @@ class PictureSource:
             "files": self._reader.count + len(self.rejects),
             "files_sha256": self._reader.fingerprint,
             "labels": self._options.labels,
-            "labels_sha256": hashlib.sha256(repr(self.labels).encode("utf-8", "backslashreplace")).hexdigest(),
+            "labels_sha256": self._labels_digest,
             "column": self._options.column,
             "subset": self._options.subset,
+            "job": _JOB,
         } | self._look
 
     def jobs(self, image_size: int, patch: int, start: int = 0) -> Iterator[DecodeJob]:
@@ -102,10 +106,16 @@ def _reader(spec: str, options: Options) -> Reader:
     if start.startswith(b"PAR1"):
         return ParquetReader([path], options.labels, options.column, path.resolve().name)
     if start.startswith(b"\x93NUMPY") or (start.startswith(b"PK") and path.suffix.lower() == ".npz"):
+        if start.startswith(b"\x93NUMPY"):
+            _no_column(options, ".npy")
         return ArrayReader(path, options.labels, options.column)
     _no_column(options, "zip or tar")
     if start.startswith(b"PK") or zipfile.is_zipfile(path):
         return ZipReader(path, options.labels)
+    if path.suffix.lower() == ".zst" and sys.version_info < (3, 14):
+        raise UserError(
+            f"{spec!r}: Python {sys.version_info[0]}.{sys.version_info[1]} cannot read zstd; unpack it first"
+        )
     if path.suffix.lower() in (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst") or tarfile.is_tarfile(path):
         return TarReader(path, options.labels)
     raise UserError(f"{spec!r} is none of what can be read; give {KINDS}")

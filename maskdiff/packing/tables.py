@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maskdiff.errors import UserError
+from maskdiff.errors import UserError, first_line
 from maskdiff.packing.items import Broken, InFile, Item
 from maskdiff.packing.labels import Labels, from_columns
 from maskdiff.packing.reader import digest
@@ -48,7 +48,7 @@ class ParquetReader:
             return [value for table in tables for value in self._column_of(table, name)]
 
         found = _labels(types, features, label_spec, self.count, values)
-        self.labels, self._rows = found.names, found.rows
+        self.labels, self.rows = found.names, found.rows
         status = [os.stat(path) for path in paths]
         marks = [f"{path.name} {one.st_size} {one.st_mtime_ns}" for path, one in zip(paths, status, strict=True)]
         self.fingerprint = digest([*marks, self._column])
@@ -71,7 +71,7 @@ class ParquetReader:
                     at = next(wanted, None)
                 for number, content in self._contents(table, group, [number - first for number in numbers]):
                     row = first + number
-                    yield Item(f"{path.name}#{row - start}", content, tuple(self._rows[row].tolist()))
+                    yield Item(f"{path.name}#{row - start}", content, tuple(self.rows[row].tolist()))
                 first += rows
 
     def _contents(self, table: Any, group: int, numbers: list[int]) -> Iterator[tuple[int, Any]]:
@@ -88,7 +88,7 @@ class ParquetReader:
                     first += len(batch)
             reason = "no such row"
         except (ValueError, OSError, MemoryError) as error:  # pyarrow's own are kinds of these
-            reason = f"damaged: {_first_line(error)}"
+            reason = f"damaged: {first_line(error)}"
         for number in numbers[done:]:
             yield number, Broken(reason)
 
@@ -100,13 +100,13 @@ class ParquetReader:
         try:
             return self._parquet.ParquetFile(path, page_checksum_verification=True)
         except (ValueError, OSError, MemoryError) as error:
-            raise UserError(f"{str(path)!r} is not a readable Parquet file: {_first_line(error)}") from None
+            raise UserError(f"{str(path)!r} is not a readable Parquet file: {first_line(error)}") from None
 
     def _column_of(self, table: Any, name: str) -> list:
         try:
             return table.read([name], use_threads=False).column(0).to_pylist()
         except (ValueError, OSError, MemoryError) as error:
-            raise UserError(f"the labels {name!r} of {self.name!r} cannot be read: {_first_line(error)}") from None
+            raise UserError(f"the labels {name!r} of {self.name!r} cannot be read: {first_line(error)}") from None
 
 
 class HubReader:
@@ -128,7 +128,7 @@ class HubReader:
         types = {name: str(features[name].get("dtype", "")) for name in features}
         self._column = _picture_column(types, features, column, f"hf:{spec}")
         found = _labels(types, features, label_spec, self.count, lambda name: loaded.select_columns([name])[:][name])
-        self.labels, self._rows = found.names, found.rows
+        self.labels, self.rows = found.names, found.rows
         self.fingerprint = digest([loaded._fingerprint, self._column])
         pictures = loaded.select_columns([self._column])
         if features[self._column].get("_type") == "Image":
@@ -142,7 +142,7 @@ class HubReader:
         for at in range(0, len(chosen), _BATCH):
             numbers = [int(number) for number in chosen[at : at + _BATCH]]
             for number, value in zip(numbers, self._pictures[numbers][self._column], strict=True):
-                yield Item(str(number), _stored(value), tuple(self._rows[number].tolist()))
+                yield Item(str(number), _stored(value), tuple(self.rows[number].tolist()))
 
 
 def _stored(value: Any) -> Any:
@@ -173,7 +173,7 @@ def _load(library: Any, spec: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # a library that asks a network, unpacks and converts: nearly anything
-        raise UserError(f"cannot load hf:{spec} by the datasets library: {_first_line(error)}") from None
+        raise UserError(f"cannot load hf:{spec} by the datasets library: {first_line(error)}") from None
 
 
 def _plain(feature: Any) -> dict[str, Any]:
@@ -241,11 +241,6 @@ def _labels(
     if not wanted:
         return Labels.none(count)
     return from_columns({name: (values(name), classes(name)) for name in wanted})
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0][:200] if lines else "") or type(error).__name__
 
 
 def parquet_files(folder: Path) -> list[Path]:

@@ -130,7 +130,8 @@ def _check_room(target: Path, needed: int) -> None:
         free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise UserError(
-            f"{str(target)!r} needs {needed:,} bytes and {free:,} are free there; make room or set MASKDIFF_CACHE"
+            f"{str(target)!r} needs {needed:,} bytes and {free:,} are free there; make room, or "
+            "choose another folder (the cache: MASKDIFF_CACHE)"
         )
 
 
@@ -279,5 +280,6 @@ def _write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = "make room there (what is packed is kept and gone on from), or set MASKDIFF_CACHE to another folder"
+        where = "make room there (what is packed is kept and gone on from), or choose another folder (the "
+        where += "cache: MASKDIFF_CACHE)"
         raise UserError(f"cannot write the packed set {str(target)!r}: {error.strerror or error}; {where}") from error

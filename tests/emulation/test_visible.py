@@ -90,8 +90,8 @@ def test_denoising_loss(library, name: str):
         np.testing.assert_allclose(got, exact.view(got.shape), rtol=3 * 2**-24, atol=0)
     for got, exact in zip(first[2:], (expected[2], gradient), strict=True):
         np.testing.assert_array_equal(got.view(bits(exact, case).dtype), bits(exact, case))
-    for order, slot in ((1, 0), (2, 0), (3, visible_cases.SLOTS - 1)):
-        again = visible_cases.denoising_loss(library, case, order, slot=slot)
+    for order, counter in ((1, 0), (2, 0), (3, visible_cases.COUNTERS - 1)):
+        again = visible_cases.denoising_loss(library, case, order, counter=counter)
         for one, other in zip(first, again, strict=True):
             np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
 
@@ -152,7 +152,13 @@ def test_entry_refuses(library, change: dict[str, int], code: int):
 
 @pytest.mark.parametrize(
     ("change", "code"),
-    [({"target": 3}, 3), ({"target": -1}, 3), ({"slot": -1}, 1), ({"slot": 16384}, 1), ({"alpha_sigma": None}, 1)],
+    [
+        ({"target": 3}, 3),
+        ({"target": -1}, 3),
+        ({"counter": -1}, 1),
+        ({"counter": 16384}, 1),
+        ({"alpha_sigma": None}, 1),
+    ],
 )
 def test_loss_refuses(library, change: dict, code: int):
     pointers = [16] * 8 + [change.get("alpha_sigma", 16), 16]
@@ -161,7 +167,7 @@ def test_loss_refuses(library, change: dict, code: int):
         None,
         ctypes.c_int64(0),
     )
-    numbers = (change.get("slot", 0), 0, None)
+    numbers = (change.get("counter", 0), 0, None)
     arguments = (nowhere, zero, zero, FP32, change.get("target", 0), *[nowhere] * 5, *numbers)
     assert library.maskdiff_cuda_denoising_loss(ctypes.byref(given), *arguments) == code
 
@@ -177,31 +183,35 @@ def test_backward_refuses(library, change: dict[str, int], code: int):
     assert library.maskdiff_cuda_denoising_loss_backward(*arguments) == code
 
 
-def test_slots():
+def test_counters():
     """A stream keeps its counter; their number is the library's."""
     cpu = torch.device("cpu")
-    assert cuda.slot(cpu) == cuda.slot(cpu) != cuda.slot(torch.device("cpu", 1))
+    assert cuda.counter(cpu) == cuda.counter(cpu) != cuda.counter(torch.device("cpu", 1))
     header = (emulate.ROOT / "csrc" / "maskdiff_kernels.h").read_text()
-    assert re.findall(r"#define MASKDIFF_CUDA_SLOTS (\d+)", header) == [str(cuda.SLOTS)] == [str(visible_cases.SLOTS)]
+    assert (
+        re.findall(r"#define MASKDIFF_CUDA_COUNTERS (\d+)", header)
+        == [str(cuda.COUNTERS)]
+        == [str(visible_cases.COUNTERS)]
+    )
 
 
-def test_launches_that_may_run_side_by_side_share_no_slot(monkeypatch):
+def test_launches_that_may_run_side_by_side_share_no_counter(monkeypatch):
     """With stand-ins for a GPU's streams: those of one stream share one, those that a graph captures share none."""
     stream, capturing, gpu = SimpleNamespace(cuda_stream=1), False, torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    first, again = (cuda.slot(gpu) for _ in range(2))
+    first, again = (cuda.counter(gpu) for _ in range(2))
     capturing = True
-    captured = [cuda.slot(gpu) for _ in range(3)]
+    captured = [cuda.counter(gpu) for _ in range(3)]
     capturing, stream = False, SimpleNamespace(cuda_stream=2)
-    assert first == again and len({first, *captured, cuda.slot(gpu)}) == 5
+    assert first == again and len({first, *captured, cuda.counter(gpu)}) == 5
 
 
-def test_slots_end(monkeypatch):
-    monkeypatch.setattr(cuda, "_fresh", iter([cuda.SLOTS]))
+def test_counters_end(monkeypatch):
+    monkeypatch.setattr(cuda, "_fresh", iter([cuda.COUNTERS]))
     with pytest.raises(RuntimeError, match="captured in graphs 16384 times"):
-        cuda.slot(torch.device("cpu", 2))
+        cuda.counter(torch.device("cpu", 2))
 
 
 @pytest.mark.parametrize(("sanitizer", "names"), [("address", tuple(CASES)), ("thread", ("twelve",))])

@@ -15,7 +15,7 @@ import numpy as np
 from conformance import BF16, FP16, FP32, Cuda, Host, as_dtype, run_cases, set_up
 
 TARGETS = ("eps", "x0", "v")  # maskdiff_target
-TIMESTEPS, IMAGES, SLOTS = 5, 3, 16384
+TIMESTEPS, IMAGES, COUNTERS = 5, 3, 16384
 ARRAYS = "patches slots n image_ids keep_ids cu_patches flip timestep alpha_sigma seed".split()
 
 
@@ -130,7 +130,7 @@ def denoising_loss(
     order: int = 0,
     prefix: str = "maskdiff_cuda_",
     on: type[Host] | type[Cuda] = Host,
-    slot: int = 0,
+    counter: int = 0,
     **changed: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
     """mean [1], per_sample [B], error and gradient [M, E] (bit patterns for halves)."""
@@ -155,7 +155,7 @@ def denoising_loss(
         TARGETS.index(case.target),
         pointers["weight"] if case.weighted else None,
         *(mean, per_sample, error, pointers["workspace"]),
-        *(slot, 0, None),
+        *(counter, 0, None),
     )
     if not code:
         code = getattr(library, f"{prefix}denoising_loss_backward")(

@@ -11,7 +11,7 @@ FILES = (*COMMON, NUMBERS, VISIBLE, NOISY, LOSS)
 ENTRIES = ("noisy_patches", "denoising_loss_workspace", "denoising_loss", "denoising_loss_backward")
 
 SUM = "scored.sums[b * parts + ptx::block_y()] = sum;\n"
-ARRIVAL = "    *last = ptx::last_to_arrive(counters + scored.slot, blocks);\n"
+ARRIVAL = "    *last = ptx::last_to_arrive(counters + scored.counter, blocks);\n"
 
 FAULTS = (
     Fault("lanes of a Philox block swapped", VISIBLE, "block.c, words_of_block.d", "block.d, words_of_block.c"),
@@ -39,7 +39,7 @@ FAULTS = (
     Fault("no barrier between two sums", NUMBERS, "other];\n    ptx::sync_block();", "other];"),
     Fault("no barrier before sums", NUMBERS, "= x;\n  ptx::sync_block();", "= x;"),
     Fault("no barrier after the arrival", LOSS, "ptx::sync_block();\n  if (!*last)", "if (!*last)"),
-    Fault("arrivals not counted", LOSS, "ptx::last_to_arrive(counters + scored.slot, blocks);", "b == 0;"),
+    Fault("arrivals not counted", LOSS, "ptx::last_to_arrive(counters + scored.counter, blocks);", "b == 0;"),
     Fault("counter of more blocks", LOSS, "(samples.batch) * parts;", "(samples.batch) * parts + 1;"),
     Fault("mean over the parts", LOSS, "<double>(samples.batch)", "<double>(samples.batch * parts)"),
     Fault("samples beyond the threads not finished", LOSS, "b += kThreads", "b += samples.batch"),

@@ -243,14 +243,14 @@ def test_decay_of_the_averages_rises(implementation, seen):
 @pytest.mark.parametrize("gamma", [0.0, 6.94, 97.0, 1e4])
 @pytest.mark.parametrize("seen", [0, 1, 2, 6, 1000, 10_000_000])
 def test_decay_by_a_power_function(implementation, seen, gamma):
-    """(1 - 1/k)^(gamma + 1) at update k = seen + 1, of one average or the other, to a float's rounding."""
+    """(1 - 1/k)^(gamma + 1) at update k = seen + 1, of one average or the other; the share and the product round."""
     share = 1.0 if seen == 0 else -math.expm1((gamma + 1) * math.log1p(-1 / (seen + 1)))
     for name, changes in (("ema", {"ema_decay": mk.PowerEma(gamma)}), ("ema2", {"ema2_decay": mk.PowerEma(gamma)})):
         state = make((33,))
         state.ema_step.fill_(seen)
         getattr(state, name).zero_()
         mk.adamw_ema(state, gradients(state, 0), hyper(0), **NUMBERS | changes, backend=implementation)
-        torch.testing.assert_close(getattr(state, name).double(), share * state.master.double(), rtol=2**-22, atol=0)
+        torch.testing.assert_close(getattr(state, name).double(), share * state.master.double(), rtol=2**-23, atol=0)
         other = {"ema": state.ema2, "ema2": state.ema}[name]
         assert not torch.equal(other, getattr(state, name))
 

@@ -1,5 +1,6 @@
 """Between Python and the compiled library: structs and codes, instruction sets, a missing library, what runs where."""
 
+import contextlib
 import ctypes
 import json
 import math
@@ -206,6 +207,43 @@ def test_counted_words_on_cuda():
     assert torch.equal(sums.cpu().long() & 0xFFFFFFFF, expected.sum((1, 2)) & 0xFFFFFFFF)
 
 
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("80", (8, 0), True),
+        ("80,90", (8, 6), True),  # machine code of an earlier minor number
+        ("89,90", (8, 6), False),
+        ("90", (8, 0), False),
+        ("80,120", (9, 0), False),  # that for 8.0 comes without PTX
+        ("80,90", (10, 0), True),  # the last comes with it
+        ("80,100", (12, 1), True),
+        ("100,80", (9, 0), True),
+        ("120", (10, 3), False),
+        ("90a", (9, 0), True),
+        ("80,90a", (10, 0), False),
+        ("100a", (10, 3), False),
+        ("100f", (10, 3), True),
+        ("100f", (12, 0), False),
+    ],
+)
+def test_what_was_built_for_other_gpus_cannot_run(monkeypatch, archs, capability, runs):
+    """Said when it is chosen, and not by the first launch. The GPU is a stand-in."""
+    monkeypatch.setattr(library, "cuda_archs", lambda: archs)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    able, reason = mk.backends("noisy_patches")["cuda"]
+    assert able == runs
+    if able:
+        assert dispatch.choice("noisy_patches", "cuda", "cuda") == "cuda"
+    else:
+        words = "the CUDA kernels were built for {}, this GPU is {}.{}: run `MASKDIFF_CUDA_ARCHS={}{} pip install -e .`"
+        assert reason.startswith(words.format(archs, *capability, *capability))
+        with pytest.raises(mk.LibraryError, match="MASKDIFF_CUDA_ARCHS"):
+            dispatch.choice("noisy_patches", "cuda", "cuda")
+
+
 # ---- choice of implementation ----
 
 
@@ -356,8 +394,13 @@ def test_the_default_device_changes_nothing(backend):
         assert mk.attention(qkv[None], backend=backend).device.type == "cpu"
 
 
+@pytest.mark.usefixtures("fresh")
 def test_the_level_may_have_its_own_choice(monkeypatch):
+    """Whatever was chosen at another level before."""
+    monkeypatch.delenv("MASKDIFF_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "_table", lambda: {"cpu:baseline": {"draw_batch": "reference"}, "cpu": {}})
-    with library.use_cpu_level("baseline"):
-        assert dispatch._table_choice("draw_batch", torch.device("cpu")) == "reference"
-        assert dispatch._table_choice("noisy_patches", torch.device("cpu")) == "auto"
+    *_, best = library.cpu_levels()
+    for level in (best, "baseline", best):
+        with library.use_cpu_level(level):
+            assert dispatch.choice("draw_batch", "cpu") == ("reference" if level == "baseline" else "cpp")
+            assert dispatch.choice("noisy_patches", "cpu") == "cpp"

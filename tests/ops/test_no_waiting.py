@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import NoWaiting
 
 import maskdiff_kernels as mk
 from maskdiff_kernels.ops.adamw_ema import fused
@@ -24,17 +24,6 @@ DEVICE = torch.device("meta")
 GRID = (4, 6)
 
 
-class NoCopies(TorchDispatchMode):
-    """Fails where a tensor goes to another device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func._schema.name in ("aten::_to_copy", "aten::copy_"):
-            devices = {x.device for x in (*args, result) if isinstance(x, torch.Tensor)}
-            assert len(devices) == 1, f"{func} from one of {devices} to another makes the host wait"
-        return result
-
-
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     """Python's numbers do not become tensors by torch.tensor, which copies them and waits. Values are not there."""
@@ -44,7 +33,7 @@ def no_waiting(monkeypatch):
 
     monkeypatch.setattr(torch, "tensor", refused)
     monkeypatch.setattr(torch, "as_tensor", refused)
-    with NoCopies(), DEVICE:
+    with NoWaiting(), DEVICE:
         yield
 
 

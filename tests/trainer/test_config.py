@@ -405,7 +405,9 @@ def test_resume_may_repeat_what_is_the_same_and_change_what_is_free(run):
     assert parse(["--resume", "run", *same]).config == replace(run, out="run")
     command = parse(
         ["--resume", "run", "--max-steps", "20", "--device", "cpu", "--checkpoint-every", "7", "--data", "x"]
+        + ["--capture", "off", "--compile"]
     )
+    assert command.config.capture == "off" and command.config.compile
     assert (command.config.max_steps, command.config.checkpoint_every) == (20, 7)
     assert command.config.data.path == "x"
     assert FREE_ON_RESUME <= flatten(config_to_dict(run)).keys()

@@ -37,6 +37,15 @@ def packed(tmp_path):
     return tmp_path / "set"
 
 
+@pytest.mark.parametrize("change", [{"crop": "celeba64"}, {"subset": "10%"}, {"background": "black"}])
+def test_what_is_packed_or_made_here_takes_no_options(packed, change):
+    with pytest.raises(UserError, match=f"data.{next(iter(change))}: .*is packed already"):
+        prepare(packed, 10, 5, **change)
+    for spec in ("faces:20", "digits"):
+        with pytest.raises(UserError, match=f"'{spec}' is made here as it is"):
+            prepare(spec, 32, 4, **change)
+
+
 def test_images_are_the_pictures(packed):
     opened = open_packed(packed)
     assert len(opened) == 10 and (opened.image_size, opened.channels, opened.patch) == (10, 3, 5)

@@ -157,14 +157,10 @@ def test_every_hostile_picture_is_a_reject_and_every_odd_one_a_picture(kind, wor
 
 
 def test_odd_pictures_have_the_right_pixels(tmp_path):
-    pack(
-        open_source(folder(tmp_path / "a", ODD | {"x.png": b""}), Options()), tmp_path / "none", SIDE, 4
-    ) if 0 else None
     files = {f"{name}.png": content for name, content in ODD.items() if "jpeg" not in name}
     pack(open_source(folder(tmp_path / "b", files), Options()), tmp_path / "out", SIDE, 4)
-    turned = [name for name in sorted(files) if name == "exif-loop.png"]
     for name, image in zip(sorted(files), open_packed(tmp_path / "out").images(range(len(files))).numpy(), strict=True):
-        expected = picture(0).transpose(Image.Transpose.ROTATE_270) if name in turned else picture(0)
+        expected = picture(0).transpose(Image.Transpose.ROTATE_270) if name == "exif-loop.png" else picture(0)
         assert np.array_equal(image, np.asarray(expected)), name
 
 

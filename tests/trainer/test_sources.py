@@ -257,6 +257,8 @@ def test_labels_from_csv_by_the_last_part_of_a_name_and_with_tabs(tmp_path):
         ("file,kind\nnowhere.png,1\n", "name none of the pictures"),
         ("file\nant/000.png\n", "no column beside 'file'"),
         ("file,kind,kind\nant/000.png,1,1\n", "name a column twice"),
+        ("file,kind\nant/000.png,1\n./ant/000.png,2\n", "row 2 names 'ant/000.png' once more"),
+        ("file,kind\nant/000.png,1\n,2\n", "row 2 names no file"),
         ("file,kind\nant/000.png,\n", "no picture has a label in 'kind'"),
         ('file,kind\nant/000.png,"open\n', "are no CSV"),
     ],
@@ -265,6 +267,15 @@ def test_csv_files_that_give_no_labels(text, message, tmp_path):
     spec = folder(tmp_path)
     with pytest.raises(UserError, match=message):
         open_source(spec, Options(labels=csv(tmp_path, text)))
+
+
+def test_other_labels_of_the_same_classes_are_other_data(tmp_path):
+    """Packing that was broken off must not go on with them."""
+    spec, recipes = folder(tmp_path), []
+    for first, second in (("a", "b"), ("b", "a"), ("a", "b")):
+        file = csv(tmp_path, f"file,kind\n{name(0)},{first}\n{name(1)},{second}\n")
+        recipes.append(open_source(spec, Options(labels=file)).recipe())
+    assert recipes[0] == recipes[2] != recipes[1]
 
 
 def test_csv_files_that_cannot_be_read(tmp_path):

@@ -104,7 +104,7 @@ def _total_norm(
     u: Update,
     flag: Tensor,  # [1] int32: scratch
 ) -> Tensor:  # [] float32
-    """The 2-norm of all gradients together: of each dtype's, then of those. Infinite where its square is a float's."""
+    """The 2-norm of all gradients together: of each dtype's, then of those. Infinite where its square is."""
     norms = []
     for dtype in dict.fromkeys(grad.dtype for grad in u.grads):
         grads = [grad.reshape(-1) for grad in u.grads if grad.dtype == dtype]

@@ -56,7 +56,7 @@ def decay(
     final: float,
     gamma: float,  # NO_POWER: none
 ) -> Tensor:  # [] float64
-    """The decay of an average at its update number `seen` (0, where none was made yet: as 1); stays on the device."""
+    """The decay of an average at its update number `seen`, a power function's at 0 as at 1; stays on the device."""
     if gamma != NO_POWER:
         return (1 - 1 / seen.clamp(min=1)) ** (gamma + 1)
     return torch.clamp((1 + seen) / (10 + seen), max=final)

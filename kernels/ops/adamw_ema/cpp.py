@@ -5,12 +5,11 @@ import ctypes
 from torch import Tensor
 
 from maskdiff_kernels.ops.adamw_ema.state import Update
-from maskdiff_kernels.ops.structs import adamw_structs, call
+from maskdiff_kernels.ops.structs import adamw_structs, address, call
 
 
 def run(u: Update) -> tuple[Tensor, Tensor]:
     """Norm before clipping [] and skipped [], float32; the state is updated in place."""
     norm, skipped = u.master.new_empty(()), u.master.new_empty(())
-    outputs = (ctypes.c_void_p(norm.data_ptr()), ctypes.c_void_p(skipped.data_ptr()))
-    call("maskdiff_cpu_adamw_ema", *map(ctypes.byref, adamw_structs(u)), *outputs)
+    call("maskdiff_cpu_adamw_ema", *map(ctypes.byref, adamw_structs(u)), address(norm), address(skipped))
     return norm, skipped

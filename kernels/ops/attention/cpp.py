@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskdiff_kernels.ops.attention import layout
-from maskdiff_kernels.ops.structs import attention_struct, call
+from maskdiff_kernels.ops.structs import address, attention_struct, call
 
 
 def run(
@@ -21,7 +21,7 @@ def run(
     heads, width = qkv.shape[-2:]
     out = qkv.new_empty((*qkv.shape[:-3], heads * width))
     lse = qkv.new_empty(heads, struct.tokens, dtype=torch.float32)
-    arguments = (ctypes.byref(struct), ctypes.c_float(scale), _p(out), _p(lse))
+    arguments = (ctypes.byref(struct), ctypes.c_float(scale), address(out), address(lse))
     if call("maskdiff_cpu_attention", *arguments) and cu_seqlens is not None:
         layout.check_cu_seqlens(cu_seqlens, qkv.shape[0], struct.length)  # says which number it is
     return out, lse
@@ -43,11 +43,7 @@ def run_backward(
     struct = attention_struct(qkv, cu_seqlens, max_seqlen, products)
     grad_qkv = qkv.new_empty(qkv.shape)
     strides = (ctypes.c_int64(grad_out.stride(0)), ctypes.c_int64(grad_out.stride(-2)))
-    arguments = (ctypes.byref(struct), ctypes.c_float(scale), _p(lse), _p(grad_out), *strides)
-    if call("maskdiff_cpu_attention_backward", *arguments, _p(grad_qkv)) and cu_seqlens is not None:
+    arguments = (ctypes.byref(struct), ctypes.c_float(scale), address(lse), address(grad_out), *strides)
+    if call("maskdiff_cpu_attention_backward", *arguments, address(grad_qkv)) and cu_seqlens is not None:
         layout.check_cu_seqlens(cu_seqlens, qkv.shape[0], struct.length)
     return grad_qkv
-
-
-def _p(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

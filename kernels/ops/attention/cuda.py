@@ -52,7 +52,7 @@ def can_take(qkv: Tensor, length: int) -> tuple[bool, str]:
 
 def run(
     qkv: Tensor,  # [B, L, 3, H, d] or [T, 3, H, d]
-    cu_seqlens: Tensor | None,  # [B + 1] int32
+    cu_seqlens: Tensor | None,  # [S + 1] int32
     max_seqlen: int | None,  # with cu_seqlens
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # [.., H * d], [H, T] float32
@@ -71,7 +71,7 @@ def run_backward(
     qkv: Tensor,  # [B, L, 3, H, d] or [T, 3, H, d]
     out: Tensor,  # [.., H * d]
     lse: Tensor,  # [H, T] float32
-    cu_seqlens: Tensor | None,  # [B + 1] int32
+    cu_seqlens: Tensor | None,  # [S + 1] int32
     max_seqlen: int | None,
     scale: float,
 ) -> Tensor:  # like qkv, dense

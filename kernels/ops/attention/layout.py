@@ -67,12 +67,13 @@ def recomputed(
 ) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
     """`run` and `run_backward` of an implementation in differentiable PyTorch: the backward runs the forward again.
 
-    The log-sum-exp, which it does not need, is infinity (no NaN: opcheck would call two calls different).
+    The log-sum-exp, which it does not need, is -infinity: a kernel that read it would give no finite gradient (no NaN:
+    opcheck would call two calls different).
     """
 
     def run(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, scale: float) -> tuple[Tensor, Tensor]:
         tokens = qkv.shape[0] if cu_seqlens is not None else qkv.shape[0] * qkv.shape[1]
-        lse = torch.full((qkv.shape[-2], tokens), torch.inf, device=qkv.device)
+        lse = torch.full((qkv.shape[-2], tokens), -torch.inf, device=qkv.device)
         return forward(qkv, cu_seqlens, max_seqlen, scale), lse
 
     def run_backward(

@@ -103,6 +103,7 @@ def _check(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, scale
             raise ValueError("cu_seqlens: got no number, takes S + 1 of them")
         if max_seqlen is None:
             raise ValueError("max_seqlen: got None beside cu_seqlens, takes the most tokens that a sequence has")
+        checks.number("max_seqlen", max_seqlen, 0, 2**31 - 1)
         length = max_seqlen
     elif max_seqlen is not None:
         raise ValueError(f"max_seqlen: got {max_seqlen} without cu_seqlens, takes None: all sequences have L tokens")

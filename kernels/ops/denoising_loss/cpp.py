@@ -39,7 +39,12 @@ def run(
     return mean, per_sample, error
 
 
-def run_backward(error: Tensor, cu_patches: Tensor | None, grad_mean: Tensor, grad_per_sample: Tensor) -> Tensor:
+def run_backward(
+    error: Tensor,  # [B, K, P*P*C] or [M, P*P*C]
+    cu_patches: Tensor | None,  # [B + 1] int32
+    grad_mean: Tensor,  # [] float32
+    grad_per_sample: Tensor,  # [B] float32, of any stride
+) -> Tensor:
     """error times the factor of its sample, rounded once."""
     factor = factors(error, cu_patches, grad_mean, grad_per_sample)
     gradient = torch.empty_like(error)

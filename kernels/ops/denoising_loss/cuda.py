@@ -11,7 +11,7 @@ from maskdiff_kernels.ops.samples import Samples
 from maskdiff_kernels.ops.structs import DTYPES, TARGETS, address, call_cuda, current_stream
 from maskdiff_kernels.ops.visible import cuda_struct
 
-SLOTS = 16384  # MASKDIFF_CUDA_SLOTS
+COUNTERS = 16384  # MASKDIFF_CUDA_COUNTERS
 
 _fresh = itertools.count()
 _of_stream: dict[tuple[int | None, int | None], int] = {}
@@ -48,7 +48,7 @@ def run(
         address(per_sample),
         address(error if needs_grad else None),
         address(workspace),
-        slot(device),
+        counter(device),
     )
     return mean, per_sample, error
 
@@ -73,23 +73,23 @@ def run_backward(
     return gradient
 
 
-def slot(device: torch.device) -> int:
+def counter(device: torch.device) -> int:
     """The number of the counter that a launch uses: launches that may run side by side must not share one.
 
     Those of a stream run one after another. A graph that is being captured may later run beside anything: each launch
-    in it keeps a slot of its own.
+    in it keeps one of its own.
     """
-    if device.type == "cuda" and _capturing(device):
+    if device.type == "cuda" and capturing(device):
         number = next(_fresh)
     else:
         key = device.index, current_stream(device)
         number = _of_stream[key] if key in _of_stream else _of_stream.setdefault(key, next(_fresh))
-    if number >= SLOTS:
-        raise RuntimeError(f"denoising_loss: captured in graphs {SLOTS} times, takes no more in a process")
+    if number >= COUNTERS:
+        raise RuntimeError(f"denoising_loss: captured in graphs {COUNTERS} times, takes no more in a process")
     return number
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
     """Whether a graph is being captured on the current stream of `device`, which need not be the current device."""
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

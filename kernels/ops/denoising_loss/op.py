@@ -11,9 +11,8 @@ from maskdiff_kernels.ops.denoising_loss import cpp, cuda, reference, triton_hos
 from maskdiff_kernels.ops.draw_batch.op import Batch
 from maskdiff_kernels.ops.registration import registered
 from maskdiff_kernels.ops.samples import SCHEMA, Samples, Store, check_cu_patches, flatten
+from maskdiff_kernels.ops.structs import TARGETS
 from maskdiff_kernels.ops.visible import choice, choose
-
-TARGETS = ("eps", "x0", "v")
 
 
 def denoising_loss(

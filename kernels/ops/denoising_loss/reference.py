@@ -57,7 +57,12 @@ def factors(
     return (grad_mean / grad_per_sample.shape[0] + grad_per_sample) / (counts * error.shape[-1])
 
 
-def run_backward(error: Tensor, cu_patches: Tensor | None, grad_mean: Tensor, grad_per_sample: Tensor) -> Tensor:
+def run_backward(
+    error: Tensor,  # [B, K, P*P*C] or [M, P*P*C]
+    cu_patches: Tensor | None,  # [B + 1] int32
+    grad_mean: Tensor,  # [] float32
+    grad_per_sample: Tensor,  # [B] float32, of any stride
+) -> Tensor:
     """error times the factor of its sample, rounded once."""
     factor = factors(error, cu_patches, grad_mean, grad_per_sample)
     if cu_patches is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from maskdiff_kernels.ops import triton_visible
-from maskdiff_kernels.ops.denoising_loss.cuda import SLOTS, slot
+from maskdiff_kernels.ops.denoising_loss.cuda import COUNTERS, capturing, counter
 from maskdiff_kernels.ops.samples import Samples
 from maskdiff_kernels.ops.structs import TARGETS
 from maskdiff_kernels.triton_package import kernels, on
@@ -32,7 +32,7 @@ def run(
     mean, per_sample = (prediction.new_empty(shape, dtype=torch.float32) for shape in ((), (batch,)))
     error = torch.empty(prediction.shape if needs_grad else 0, dtype=prediction.dtype, device=device)
     parts = triton_visible.parts_of(triton_visible.quads_of(samples), batch, triton_visible.Q, PROGRAMS, MOST_SUMS)
-    at = slot(device)
+    at = counter(device)
     with on(device):
         kernels("denoising_loss").score[(batch * parts,)](
             **given,
@@ -44,7 +44,7 @@ def run(
             sums=torch.empty(batch * parts, dtype=torch.float64, device=device),
             per_sample=per_sample,
             mean=mean,
-            counter=_counters(device)[at : at + 1],
+            counter=_counters(device)[at],
             batch=batch,
             parts=parts,
             TARGET=TARGETS[target],
@@ -86,8 +86,11 @@ def run_backward(
 
 
 @functools.cache
-def _counters(device: torch.device) -> Tensor:  # [SLOTS] int32
-    """One for each slot, zero between launches."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def _counters(device: torch.device) -> Tensor:  # [COUNTERS, 4] int32
+    """Those that `counter` numbers, zero between launches; 16 bytes apart: alignment is compiled in."""
+    if device.type == "cuda" and capturing(device):
         raise RuntimeError("denoising_loss: captured in a graph at its first call, takes one outside before")
-    return torch.zeros(SLOTS, dtype=torch.int32, device=device)
+    made = torch.zeros(COUNTERS, 4, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams will count here too
+    return made

@@ -16,15 +16,15 @@ EPS, X0, V = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # as in structs.
 @triton.jit
 def _finish(
     sums,  # [B, parts] float64
-    cu_patches,
-    image_ids,
-    timestep,
-    alpha_sigma,
-    weight,
+    cu_patches,  # [B + 1] int32 or None
+    image_ids,  # [B] int64
+    timestep,  # [B] int64
+    alpha_sigma,  # [T, 2] float32
+    weight,  # [T] float32 or None
     per_sample,  # [B] float32
     mean,  # [] float32
     visible,
-    total,
+    total,  # M
     images,
     timesteps,
     batch,

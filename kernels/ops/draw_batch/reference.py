@@ -91,9 +91,9 @@ def _order_words(
 ) -> Callable[[Tensor, int], Tensor]:
     """The words of the network, as a function of the right digit [B] and the round.
 
-    Of all digits at once where they are few: many walks by hundreds of small ops would be slow on a device.
+    On a device of all digits at once, where they are few: many walks by hundreds of small ops would be slow there.
     """
-    if len(epoch) * base > 2**20:
+    if epoch.is_cpu or len(epoch) * base > 2**20:
         return lambda right, r: philox.words(seed, epoch, philox.ORDER, 2 * right + r // 4)[..., r % 4]
     blocks = torch.arange(2 * base, device=epoch.device)
     table = philox.words(seed, epoch[:, None], philox.ORDER, blocks).view(len(epoch), base, 8)

@@ -68,6 +68,6 @@ def _power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-@functools.lru_cache(maxsize=64)  # copied to the device once a shape: no step waits, no graph captures it
+@functools.cache  # copied once a shape: no step waits; kept for good: captured graphs hold the address
 def _counts(counts: tuple[int, ...], device: torch.device) -> Tensor:  # [G] int32
     return torch.tensor(counts, dtype=torch.int32, device=device)

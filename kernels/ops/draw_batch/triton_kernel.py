@@ -65,7 +65,7 @@ def _permuted(
     epoch,  # uint64
     x,  # uint64, below base * base
     base,  # uint64
-):
+):  # uint64
     """8 Feistel rounds on two digits."""
     left, right, digits = (x // base).to(tl.uint32), (x % base).to(tl.uint32), base.to(tl.uint32)
     for half in tl.static_range(2):
@@ -82,7 +82,7 @@ def _shuffled(
     n,  # uint64
     images,  # uint64
     base,  # uint64, the root of images, rounded up
-):
+):  # int64
     """Where sample n stands in the order of its epoch: a permutation, walked until it falls in range."""
     epoch = n // images
     x = _permuted(seed, epoch, n % images, base)
