@@ -71,14 +71,15 @@ def check_steps(mask, target, min_snr, dtype):
     """Trains with kernels; before each step the plain model takes the same weights, and the gradients are compared."""
     state, source, objective = setup(target, dtype, min_snr)
     mask = masking.resolve(masking.parse_mask(mask), MODEL.grid, BATCH)
+    losses = []
     for _ in range(4):
         n = torch.arange(state.sample, state.sample + BATCH)
         batch = draw(source, objective, mask, SEED, n)
-        losses, _ = check_step(state, source, objective, mask, batch)
-        check_losses([losses], torch.finfo(dtype).eps / 2)
+        losses.append(check_step(state, source, objective, mask, batch)[0])
         before = state.sample
         train_step(state, source, objective, mask, SEED, BATCH, Hyper(1e-2, 1.0))
         assert state.sample == before + BATCH  # the next step sees new samples
+    check_losses(losses, torch.finfo(dtype).eps / 2)
 
 
 def check_step(state, source, objective, mask, batch, said=""):
@@ -97,7 +98,7 @@ def check_step(state, source, objective, mask, batch, said=""):
 
 
 def check_losses(losses, unit, said=""):
-    """Losses, plain PyTorch's and the exact ones: the fp64 rule for all of them together."""
+    """Losses, plain PyTorch's and the exact ones: the fp64 rule for all together; one's error is a matter of luck."""
     ours, plains, truth = map(torch.stack, zip(*losses, strict=True))
     allowed = 2 * error(plains, truth) + unit * truth.norm().item()
     assert error(ours, truth) <= allowed, f"{said} loss: error {error(ours, truth):.2e}, allowed {allowed:.2e}"

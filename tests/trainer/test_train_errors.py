@@ -337,10 +337,9 @@ def test_full_disk(run):
     assert content(run / "checkpoints") == before
 
 
-def test_compile_without_a_compiler(fails, monkeypatch):
+def test_compile_without_a_compiler(fails):
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with torch._inductor.utils.fresh_cache():
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), torch._inductor.utils.fresh_cache():
         line = fails(*TINY, "--out", "run", "--compile")
     assert "--compile" in line and "C++ compiler" in line and "no-such-compiler" in line
     assert not Path("run").exists()
