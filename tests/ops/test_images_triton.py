@@ -1,5 +1,6 @@
 """draw_batch, noisy_patches and denoising_loss in Triton: run in the interpreter, and compiled for every GPU."""
 
+import contextlib
 import functools
 import itertools
 import os
@@ -139,6 +140,7 @@ def test_a_mask_rate_compiles_nothing_new():
 
 def test_no_graph_captures_the_first_call(monkeypatch):
     """It would own the memory of the counters, and zero them whenever it runs."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="^denoising_loss: captured in a graph at its first call"):
         loss_host._counters.__wrapped__(torch.device("cuda", 0))
