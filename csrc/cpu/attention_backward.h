@@ -77,48 +77,60 @@ struct BackwardScratch {
   }
 };
 
-// One row of scores and dP become P = exp(scale score - lse) and dS = scale P (dP - delta), 0 beyond `keys`.
+// One row of scores and dP become P = exp(scale score - lse) and dS = scale P (dP - delta), 0 beyond `keys`; of pairs
+// dS also as words of neighbouring keys.
 // delta = sum P dP / sum P, and not dO . O: rounding errors of dP and lse cancel, as they must where one key has all.
-MASKDIFF_INLINE void finish_row(float* p, float* ds, int64_t rows, int64_t row, int64_t keys, float scale, float lse) {
-  const int64_t whole = keys / WIDTH * WIDTH;
+template <class Number>
+MASKDIFF_INLINE void finish_row(const BackwardScratch& s, int64_t rows, int64_t row, int64_t keys, float scale,
+                                float lse) {
+  const int64_t whole = keys / WIDTH * WIDTH, step = rows * PANEL;
   const Integers live = lanes() < (int32_t)(keys - whole);
   const float factor = scale * LOG2E, shift = lse * LOG2E;
+  float *p = s.p + row * PANEL, *ds = s.ds + row * PANEL;
   Vector total = {}, weighted = {};
-  for (int64_t key = 0; key < keys; key += WIDTH) {
-    const int64_t at = place(rows, row, key);
-    Vector value = exp2(load(p + at) * factor - shift), slope = load(ds + at);
+  const auto exponential = [&](float* p, float* ds, int64_t key) MASKDIFF_INLINED {
+    Vector value = exp2(load(p) * factor - shift), slope = load(ds);
     if (key == whole) {
       value = select(live, value, Vector{});
       slope = select(live, slope, Vector{});
-      store(ds + at, slope);
+      store(ds, slope);
     }
-    store(p + at, value);
+    store(p, value);
     total += value;
     weighted += value * slope;
+  };
+  for (int64_t key = 0; key < keys; key += PANEL, p += step, ds += step) {
+    exponential(p, ds, key);
+    if (key + WIDTH < keys) exponential(p + WIDTH, ds + WIDTH, key + WIDTH);
   }
   const float delta = sum(weighted) / sum(total);
-  for (int64_t key = 0; key < keys; key += WIDTH) {
-    const int64_t at = place(rows, row, key);
-    store(ds + at, load(p + at) * (load(ds + at) - delta) * scale);
+  const auto gradient = [&](const float* p, float* ds) MASKDIFF_INLINED {
+    const Vector value = load(p) * (load(ds) - delta) * scale;
+    store(ds, value);
+    return value;
+  };
+  p = s.p + row * PANEL, ds = s.ds + row * PANEL;
+  for (int64_t key = 0; key < keys; key += PANEL, p += step, ds += step) {
+    const Vector first = gradient(p, ds), second = key + WIDTH < keys ? gradient(p + WIDTH, ds + WIDTH) : Vector{};
+    if (Number::NUMBERS == 2) store_pairs(s.ds_along + place(rows, row, key / 2), first, second);
   }
 }
 
 // Rows 2i and 2i + 1 of P or dS to words that hold both; beyond `rows` 0.
 static void pair_rows(float* down, const float* from, int64_t rows, int64_t keys) {
-  for (int64_t pair = 0; pair < words<Pairs>(rows); pair++) {
-    for (int64_t key = 0; key < keys; key += WIDTH) {
-      Words both = bfloat16_words(load(from + place(rows, 2 * pair, key)));
-      if (2 * pair + 1 < rows) both |= bfloat16_words(load(from + place(rows, 2 * pair + 1, key))) << 16;
-      store(down + place(words<Pairs>(rows), pair, key), Vector(both));
-    }
-  }
-}
-
-// dS to words that hold neighbouring keys.
-static void pair_columns(float* along, const float* from, int64_t rows, int64_t keys) {
-  for (int64_t row = 0; row < rows; row++) {
-    for (int64_t key = 0; key < keys; key += WIDTH) {
-      write_halves(from + place(rows, row, key), WIDTH, (char*)(along + place(rows, row, key / 2)), MASKDIFF_BFLOAT16);
+  const int64_t height = words<Pairs>(rows);
+  for (int64_t key = 0; key < keys; key += PANEL, from += rows * PANEL, down += height * PANEL) {
+    const float* line = from;
+    float* to = down;
+    for (int64_t pair = 0; pair < height; pair++, line += 2 * PANEL, to += PANEL) {
+#pragma GCC unroll 2
+      for (int half = 0; half < PANEL; half += WIDTH) {
+        Words both = __builtin_convertvector(bfloat16_halves(load(line + half)), Words);
+        if (2 * pair + 1 < rows) {
+          both |= __builtin_convertvector(bfloat16_halves(load(line + PANEL + half)), Words) << 16;
+        }
+        store(to + half, Vector(both));
+      }
     }
   }
 }
@@ -154,14 +166,13 @@ void attend_backward(const Item& item, Arena arena) {
     make_scores<Number>(s.p, s.q, rows, k, depth);
     make_scores<Number>(s.ds, s.grad_out, rows, v, depth);
     for (int64_t row = 0; row < rows; row++) {
-      finish_row(s.p, s.ds, rows, row, length, item.scale, item.lse[start + row]);
+      finish_row<Number>(s, rows, row, length, item.scale, item.lse[start + row]);
     }
     if (pairs) {
       Number::pack_down(s.q_down, q, rows, width);
       Number::pack_down(s.grad_down, grad_out, rows, width);
       pair_rows(s.p_down, s.p, rows, length);
       pair_rows(s.ds_down, s.ds, rows, length);
-      pair_columns(s.ds_along, s.ds, rows, length);
     }
     const bool first = start == 0, last = start + rows == length;
     for (int64_t key = 0; key < length; key += PANEL) {

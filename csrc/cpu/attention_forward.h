@@ -30,20 +30,31 @@ void exponentials(float* scores, int64_t rows, int64_t keys, float scale, float*
   const int64_t whole = keys / WIDTH * WIDTH;
   const Integers live = lanes() < (int32_t)(keys - whole);
   const float factor = scale * LOG2E;
+  const auto score = [&](const float* from, int64_t key) MASKDIFF_INLINED {
+    const Vector x = load(from) * factor;
+    return key == whole ? select(live, x, splat(-__builtin_inff())) : x;
+  };
   for (int64_t row = 0; row < rows; row++) {
     Vector top = splat(-__builtin_inff()), total = {};
-    for (int64_t key = 0; key < whole; key += WIDTH) top = larger(load(scores + place(rows, row, key)) * factor, top);
-    if (whole < keys) top = larger(select(live, load(scores + place(rows, row, whole)) * factor, top), top);
+    const float* from = scores + row * PANEL;
+    for (int64_t key = 0; key < keys; key += PANEL, from += rows * PANEL) {
+      top = larger(score(from, key), top);
+      if (key + WIDTH < keys) top = larger(score(from + WIDTH, key + WIDTH), top);
+    }
     const float largest = maximum(top);
-    for (int64_t key = 0; key < keys; key += WIDTH) {
-      Vector p = exp2(load(scores + place(rows, row, key)) * factor - largest);
-      if (key == whole) p = select(live, p, Vector{});
-      total += p;
+    float* at = scores + row * PANEL;
+    for (int64_t key = 0; key < keys; key += PANEL, at += rows * PANEL) {
+      const bool both = key + WIDTH < keys;
+      Vector first = exp2(score(at, key) - largest), second = {};
+      if (key == whole) first = select(live, first, Vector{});
+      if (both) second = exp2(score(at + WIDTH, key + WIDTH) - largest);
+      if (both && key + WIDTH == whole) second = select(live, second, Vector{});
+      total += first + second;
       if (Number::NUMBERS == 1) {
-        store(scores + place(rows, row, key), p);
+        store(at, first);
+        if (both) store(at + WIDTH, second);
       } else {
-        float* word = scores + place(rows, row, key / 2 / WIDTH * WIDTH);
-        store_floats(word, MASKDIFF_BFLOAT16, key % (2 * WIDTH), WIDTH, (const float*)&p);
+        store_pairs(scores + place(rows, row, key / 2), first, second);
       }
     }
     tops[row] = largest;

@@ -89,6 +89,10 @@ MASKDIFF_INLINE void write(const Vector (&values)[R][C], const Rows& to, int64_t
     each<R, C>([&](int row, int column) MASKDIFF_INLINED {
       *(LooseVector*)(at + row * to.row_bytes + column * WIDTH * 4) = values[row][column];
     });
+  } else if (to.dtype == MASKDIFF_BFLOAT16) {
+    each<R, C>([&](int row, int column) MASKDIFF_INLINED {
+      *(LooseHalves*)(at + row * to.row_bytes + column * WIDTH * 2) = bfloat16_halves(values[row][column]);
+    });
   } else {
     alignas(64) float copy[R][C * WIDTH];
     each<R, C>([&](int row, int column) MASKDIFF_INLINED {

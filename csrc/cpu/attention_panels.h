@@ -74,10 +74,10 @@ static void pack_row_pairs(float* to, Rows from, int64_t rows, int64_t columns) 
   }
 }
 
-// Rounded to bfloat16, in the low halves of the words; as to_bfloat16 in common/floats.h.
-MASKDIFF_INLINE Words bfloat16_words(Vector x) {
-  const Words bits = Words(x), rounded = (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
-  return Words(select(x == x, Vector(rounded), Vector(bits >> 16 | 0x40u)));
+// 2 WIDTH numbers as WIDTH words of neighbours.
+MASKDIFF_INLINE void store_pairs(float* to, Vector first, Vector second) {
+  *(Halves*)to = bfloat16_halves(first);
+  *((Halves*)to + 1) = bfloat16_halves(second);
 }
 
 // WIDTH rows of WIDTH columns of a panel, transposed: first within fours of lanes, then the fours among each other.

@@ -1,17 +1,14 @@
-// Products of matrices in panels, by tiles whose sums stay in registers: up to six rows by two vectors.
+// Products of matrices in panels, by tiles whose sums stay in registers: MOST_ROWS rows by two vectors, or fewer.
 #pragma once
 
 #include "cpu/attention_panels.h"
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
 
 namespace maskdiff {
 namespace ISA {
 namespace {
 
-constexpr int MOST_ROWS = 6;  // 6 x 2 sums, 2 vectors, 1 broadcast: 15 of the 16 registers of AVX2
+// 6 x 2 sums, 2 vectors, 1 broadcast: 15 of the 16 registers of AVX2. AVX-512 has 32; 12 rows would gain nothing more.
+constexpr int MOST_ROWS = WIDTH == 16 ? 8 : 6;
 
 // Words are floats.
 struct Singles {
@@ -58,7 +55,7 @@ MASKDIFF_INLINE int64_t words(int64_t numbers) {
 // Calls body(row, column) for all of a tile, unrolled.
 template <int R, int C, class Body>
 MASKDIFF_INLINE void each(Body body) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int row = 0; row < R; row++) {
 #pragma GCC unroll 2
     for (int column = 0; column < C; column++) body(row, column);
@@ -74,7 +71,7 @@ MASKDIFF_INLINE void accumulate(Vector (&sums)[R][C], const float* left, const f
     Vector line[C];
 #pragma GCC unroll 2
     for (int column = 0; column < C; column++) line[column] = load(right + k * PANEL + column * WIDTH);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int row = 0; row < R; row++) {
       const Vector factor = splat(*(const Word*)(left + (SIDE == ALONG ? row * PANEL + k : k * PANEL + row)));
 #pragma GCC unroll 2
@@ -110,7 +107,12 @@ MASKDIFF_INLINE void run_column(Tile& tile, int64_t rows, int64_t panel) {
       case 3: tile.template run<3, C>(row, panel); break;
       case 4: tile.template run<4, C>(row, panel); break;
       case 5: tile.template run<5, C>(row, panel); break;
-      default: tile.template run<6, C>(row, panel); break;
+      case 6: tile.template run<6, C>(row, panel); break;
+      case 7:
+        if constexpr (MOST_ROWS > 6) tile.template run<7, C>(row, panel);
+        break;
+      default:
+        if constexpr (MOST_ROWS > 6) tile.template run<8, C>(row, panel);
     }
     row += height;
   }

@@ -5,6 +5,10 @@
 
 #include "cpu/flags.h"
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #define MASKDIFF_INLINED __attribute__((always_inline))
 #define MASKDIFF_INLINE MASKDIFF_INLINED inline
 
@@ -46,11 +50,27 @@ MASKDIFF_INLINE Vector splat(Word x) {  // moves bits: they need not be a number
 #endif
 }
 
-MASKDIFF_INLINE Vector select(Integers where, Vector yes, Vector no) {
-  return Vector((where & Integers(yes)) | (~where & Integers(no)));
+MASKDIFF_INLINE Vector select(Integers where, Vector yes, Vector no) { return where ? yes : no; }
+
+MASKDIFF_INLINE Vector larger(Vector x, Vector y) {  // y where one of them is NaN
+#if MASKDIFF_WIDTH == 16 && defined(__AVX512F__)
+  return (Vector)_mm512_maskz_max_ps(0xFFFF, (__m512)x, (__m512)y);  // unmasked, GCC 12's own header warns
+#elif MASKDIFF_WIDTH == 8 && defined(__AVX__)
+  return (Vector)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+  return select(x > y, x, y);
+#endif
 }
 
-MASKDIFF_INLINE Vector larger(Vector x, Vector y) { return select(x > y, x, y); }
+// Rounded to bfloat16, to nearest even; NaN stays NaN. With AVX-512-BF16 subnormal numbers become 0.
+MASKDIFF_INLINE Halves bfloat16_halves(Vector x) {
+#if MASKDIFF_WIDTH == 16 && defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const Words bits = Words(x), rounded = (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16;
+  return __builtin_convertvector(Words(select(x == x, Vector(rounded), Vector(bits >> 16 | 0x40u))), Halves);
+#endif
+}
 
 MASKDIFF_INLINE Integers lanes() {
   Integers lane = {};
@@ -80,7 +100,7 @@ MASKDIFF_INLINE float maximum(Vector x) {
 
 // 2^x for x up to 127, at least 2^-126. NaN stays NaN. Polynomial: Cephes, exp2f; relative error below 2e-7.
 MASKDIFF_INLINE Vector exp2(Vector x) {
-  x = select(x < -126.0f, splat(-126.0f), x);
+  x = larger(splat(-126.0f), x);
   const Vector shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum holds x, rounded, in its low bits
   const Vector part = x - (shifted - 12582912.0f);
   Vector y = 1.535336188319500e-4f * part + 1.339887440266574e-3f;
