@@ -15,6 +15,7 @@ from maskdiff_kernels import PowerEma
 from .diffusion import DiffusionConfig
 from .errors import UserError
 from .model import ModelConfig
+from .sampling import SamplerName
 from .stages import Stage, fit, parse_stages, templates
 
 __all__ = ["Config", "DataConfig", "DiffusionConfig", "ModelConfig", "OptimConfig", "Stage"]
@@ -116,7 +117,11 @@ class Config:
     sample_count: int = 36
     """images of a sample grid; 0: no grids"""
     sample_steps: int = 25
-    """sampler steps an image"""
+    """evaluations of the model for an image of a sample grid"""
+    sampler: SamplerName = "ddim"
+    """what draws the sample grids"""
+    eta: float = 0.0
+    """fresh noise a step of the sampler ddim: 0 none, 1 as much as ddpm"""
     guidance: float = 1.0
     """classifier-free guidance of labelled models; 1: none"""
     probe_steps: int = 5
@@ -314,6 +319,12 @@ def _check_ranges(config: Config) -> None:
             config.sample_steps,
             1 <= config.sample_steps <= diffusion.timesteps,
             f"from 1 to diffusion.timesteps, {diffusion.timesteps}",
+        ),
+        (
+            "eta",
+            config.eta,
+            0 <= config.eta <= (config.sampler == "ddim"),
+            "from 0 to 1" if config.sampler == "ddim" else f"0: with sampler {config.sampler} there is no other",
         ),
         ("guidance", config.guidance, config.guidance >= 0, "0 or more; 1 means none"),
         ("probe_steps", config.probe_steps, config.probe_steps >= 1, "1 or more"),

@@ -88,7 +88,7 @@ class Diffusion:
         self,
         prediction: Tensor,  # [B, ...]
         x_t: Tensor,  # [B, ...]
-        t: Tensor,  # [B] integer
+        t: Tensor,  # [B] integer or float, where the tables are
     ) -> Tensor:  # [B, ...] float32
         """The clean image that a prediction implies. (At the end of a cosine schedule eps divides by alpha = 5e-5.)"""
         alpha, sigma = self._at(t, x_t)
@@ -124,9 +124,23 @@ class Diffusion:
             return alpha * eps - sigma * x0
         return (eps if self.config.target == "eps" else x0).float()
 
+    @property
+    def levels(self) -> Tensor:  # [T] float64, on the CPU
+        """sigma / alpha, the noise level in units of the image; between two timesteps it goes straight."""
+        kept = torch.cumprod(1 - self.betas, 0)
+        return ((1 - kept) / kept).sqrt()
+
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1,) + (1,) * (like.dim() - 1)
-        alpha, sigma = self.alpha_sigma[t].unbind(1)
+        if t.is_floating_point():
+            levels = self.levels.to(t.device)
+            below = t.long().clamp(max=len(levels) - 2)
+            level = torch.lerp(levels[below], levels[below + 1], t.double() - below)
+            alpha = (1 + level**2).rsqrt()
+            pair = torch.stack([alpha, level * alpha], dim=1).float()
+        else:
+            pair = self.alpha_sigma[t]
+        alpha, sigma = pair.to(like.device).unbind(1)
         return alpha.view(shape), sigma.view(shape)
 
 

@@ -1,7 +1,8 @@
 """The U-ViT that maskdiff trains: patches in, patches out, on the visible ones alone or on the whole image."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -269,6 +270,23 @@ class UViT(nn.Module):
             return unpatchify(self(patches, t, labels), config.patch, config.grid)
         visible = patches.gather(1, keep_ids.long()[..., None].expand(-1, -1, config.patch_dim))
         return self(visible, t, labels, keep_ids)
+
+    def resized(self, image_size: int) -> "UViT":
+        """A copy for square images of another size: the table of positions is interpolated (bicubic, as ViTs do it).
+
+        Raises UserError for a size that is no multiple of the patch.
+        """
+        patch = self.config.patch
+        if image_size < patch or image_size % patch:
+            near = max(1, round(image_size / patch)) * patch
+            raise UserError(f"images of {image_size} pixels are no whole number of patches of {patch}: {near} would be")
+        model = copy.deepcopy(self)
+        model.config = replace(self.config, image_size=image_size)
+        extra_rows, rows = self.position.detach().split([self.config.extras, self.config.patches])
+        table = rows.t().reshape(1, -1, *self.config.grid)
+        table = F.interpolate(table, model.config.grid, mode="bicubic", align_corners=False)
+        model.position = nn.Parameter(torch.cat([extra_rows, table.flatten(2)[0].t()]))
+        return model
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -86,7 +86,7 @@ _SWITCHES = ("print-config", "help", "help-all")
 # its hash.
 FREE_ON_RESUME = frozenset(
     "max_steps device data.path out checkpoint_every keep_checkpoints heldout_every sample_every sample_count "
-    "sample_steps guidance probe_steps capture compile optim.optimizer".split()
+    "sample_steps sampler eta guidance probe_steps capture compile optim.optimizer".split()
 )
 
 

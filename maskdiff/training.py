@@ -390,7 +390,9 @@ class _Training:
                 labels=labels,
                 guidance=self.config.guidance,
                 steps=self.config.sample_steps,
+                eta=self.config.eta,
                 seed=self.config.seed,
+                sampler=self.config.sampler,
             )
         folder = self.path / "samples"
         folder.mkdir(exist_ok=True)

@@ -227,6 +227,7 @@ OTHER = {
     "preset": "digits", "out": "o", "seed": 1, "max_steps": 9, "precision": "fp32", "device": "cpu", "capture": "off",
     "compile": True, "init": "i", "init_weights": "ema", "checkpoint_every": 2, "keep_checkpoints": 3,
     "heldout_every": 4, "sample_every": 5, "sample_count": 6, "sample_steps": 7, "guidance": 8.5, "probe_steps": 9,
+    "sampler": "heun", "eta": 0.5,
     "data": {"path": "p", "labels": True, "label_dropout": 0.5, "flip": 0.5, "background": "red",
              "crop": "c", "subset": "9", "heldout": 0.5},
     "model": {
@@ -355,6 +356,8 @@ def test_presets_are_valid(name):
         (["--max-steps", "0"], ["max_steps is 0", "1 or more"]),
         (["--keep-checkpoints", "0"], ["keep_checkpoints is 0"]),
         (["--sample-steps", "1001"], ["sample_steps is 1001", "1000"]),
+        (["--eta", "1.5"], ["eta is 1.5", "from 0 to 1"]),
+        (["--sampler", "heun", "--eta", "1"], ["eta is 1.0", "with sampler heun"]),
         (["--data.flip", "1.5"], ["data.flip is 1.5"]),
         (["--data.label-dropout", "1"], ["data.label_dropout is 1"]),
         (["--optim.betas", "0.9", "1"], ["optim.betas"]),
