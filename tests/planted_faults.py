@@ -490,6 +490,27 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     ("maskdiff/bench_kernels.py", trainer("bench"), (("excess = ms - dense_ms / ideal", "excess = ms - dense_ms"),)),
     (
+        "maskdiff/sampling.py",
+        trainer("sampling", "samplers"),
+        (
+            ("scheduler.timesteps = scheduler.timesteps[: sampler.steps]", "pass"),
+            ("2 * (t - following) + 1)", "2 * (t - following) + 3)"),
+            ("levels[0] ** (1 / RHO)", "levels[10] ** (1 / RHO)"),
+            ("torch.sin(weights * angle) / torch.sin(angle)", "weights"),
+            ("return unconditional + guidance", "return conditional + guidance"),
+        ),
+    ),
+    (
+        "maskdiff/diffusion.py",
+        trainer("samplers"),
+        (("t.double() - below)", "t.double() * 0)"),),
+    ),
+    (
+        "maskdiff/folder.py",
+        trainer("samplers"),
+        (("if not _complete(_file(folder, number))", "if not _file(folder, number).exists()"),),
+    ),
+    (
         "maskdiff/training.py",
         (*trainer("training"), "-k", "retained or plan"),
         (("self.dense_ms / step_ms / self.ideal", "self.dense_ms / step_ms"),),
