@@ -44,8 +44,7 @@ def plain(weights, source, objective, mask, batch, compute):
         size = torch.cat([torch.full((len(out), 1), float(BATCH * out.numel())) for out in outs])
     loss, _, error = loss_reference.run(prediction.detach(), samples, objective.target, objective.weight, True, exact)
     prediction.backward(error / size)
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    return loss, {name: model.get_parameter(name).new_zeros(()) if g is None else g for name, g in grads.items()}
+    return loss, {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
 def error(value, truth):
@@ -71,37 +70,38 @@ def check_steps(mask, target, min_snr, dtype):
     """Trains with kernels; before each step the plain model takes the same weights, and the gradients are compared."""
     state, source, objective = setup(target, dtype, min_snr)
     mask = masking.resolve(masking.parse_mask(mask), MODEL.grid, BATCH)
-    losses = []
+    found = []
     for _ in range(4):
         n = torch.arange(state.sample, state.sample + BATCH)
-        batch = draw(source, objective, mask, SEED, n)
-        losses.append(check_step(state, source, objective, mask, batch)[0])
+        found.append(three_ways(state, source, objective, mask, draw(source, objective, mask, SEED, n)))
         before = state.sample
         train_step(state, source, objective, mask, SEED, BATCH, Hyper(1e-2, 1.0))
         assert state.sample == before + BATCH  # the next step sees new samples
-    check_losses(losses, torch.finfo(dtype).eps / 2)
+    check(found, dtype)
 
 
-def check_step(state, source, objective, mask, batch, said=""):
-    """Holds a batch's gradients to the fp64 rule; returns its loss, plain PyTorch's, the exact one; gradients."""
-    dtype, unit = state.dtype, torch.finfo(state.dtype).eps / 2
+def three_ways(state, source, objective, mask, batch):
+    """A batch's (loss, gradients by name): ours, plain PyTorch's, and the exact ones."""
     weights = {name: p.detach().float().clone() for name, p in state.model.named_parameters()}
-    loss, grads = ours(state, source, objective, mask, batch)
-    plain_loss, plain_grads = plain(weights, source, objective, mask, batch, dtype)
-    true_loss, true_grads = plain(weights, source, objective, mask, batch, torch.float64)
-    assert grads.keys() == true_grads.keys()
-    for name, truth in true_grads.items():
-        allowed = 3 * error(plain_grads[name], truth) + unit * truth.norm().item()
-        got = error(grads[name], truth)
-        assert got <= allowed, f"{said} {name}: error {got:.2e}, allowed {allowed:.2e}"
-    return (loss, plain_loss, true_loss), grads
+    given = (source, objective, mask, batch)
+    return ours(state, *given), *(plain(weights, *given, dtype) for dtype in (state.dtype, torch.float64))
 
 
-def check_losses(losses, unit, said=""):
-    """Losses, plain PyTorch's and the exact ones: the fp64 rule for all together; one's error is a matter of luck."""
-    ours, plains, truth = map(torch.stack, zip(*losses, strict=True))
-    allowed = 2 * error(plains, truth) + unit * truth.norm().item()
-    assert error(ours, truth) <= allowed, f"{said} loss: error {error(ours, truth):.2e}, allowed {allowed:.2e}"
+def check(found, dtype, said=""):
+    """The fp64 rule for what three_ways found in several steps, together: one step's error is a matter of luck."""
+    unit = torch.finfo(dtype).eps / 2
+    names = found[0][2][1].keys()
+    assert all(grads.keys() == names for step in found for _, grads in step)
+    check_norms([[loss for loss, _ in step] for step in found], 2, unit, f"{said} loss")
+    for name in names:
+        check_norms([[grads[name] for _, grads in step] for step in found], 3, unit, f"{said} {name}")
+
+
+def check_norms(steps, times, unit, said):
+    """The error of ours at most `times` plain PyTorch's and one rounding."""
+    ours, plains, truth = map(torch.stack, zip(*steps, strict=True))
+    allowed = times * error(plains, truth) + unit * truth.norm().item()
+    assert error(ours, truth) <= allowed, f"{said}: error {error(ours, truth):.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize(
