@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,12 +30,14 @@ class Labels(NamedTuple):
 def of_files(spec: str, names: Sequence[str]) -> Labels:
     """The labels of files by their names (with '/'). `spec`: auto, none, folders, FILE.csv or FILE.csv:COLUMN,COLUMN.
 
-    auto: the first folder of a name is its class, if every file lies in one and there are two or more of them.
+    auto: the first folder in which the names differ is a file's class, if every file lies in one.
     """
     if spec == "none":
         return Labels.none(len(names))
     if spec in ("auto", "folders"):
-        folders = [name.split("/")[0] if "/" in name else None for name in names]
+        parts = [[part for part in name.split("/")[:-1] if part != "."] for name in names]  # a tar has ./cats/1.png
+        depth = len(os.path.commonprefix(parts)) if parts else 0
+        folders = [part[depth] if len(part) > depth else None for part in parts]
         usable = None not in folders and len(set(folders)) > 1
         if usable:
             return from_columns({"class": (folders, None)})

@@ -16,6 +16,7 @@ from PIL import Image
 from maskdiff.data import open_packed, prepare
 from maskdiff.errors import UserError
 from maskdiff.packing.decode import Frame, decode, from_pixels
+from maskdiff.packing.labels import of_files
 from maskdiff.packing.look import RECIPES, Look
 from maskdiff.packing.manifest import Manifest
 from maskdiff.packing.sources import Options, open_source
@@ -287,6 +288,15 @@ def test_csv_files_that_cannot_be_read(tmp_path):
         open_source(spec, Options(labels="absent.csv"))
     with pytest.raises(UserError, match="have no column 'b'; there are file, kind"):
         open_source(spec, Options(labels=csv(tmp_path, "file,kind\nant/000.png,1\n") + ":b"))
+
+
+@pytest.mark.parametrize("above", ["", "./", "photos/", "./all/photos/"])
+def test_folders_above_the_classes_are_no_classes(above):
+    names = [f"{above}cats/1.png", f"{above}dogs/small/2.png", f"{above}cats/3.png"]
+    found = of_files("folders", names)
+    assert found.names == {"class": ["cats", "dogs"]} and found.rows[:, 0].tolist() == [0, 1, 0]
+    with pytest.raises(UserError, match="labels from folders need"):
+        of_files("folders", [*names, f"{above}4.png"])
 
 
 def test_labels_are_wanted_or_not(tmp_path):
