@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "train": "train a model: masked pre-training, then fine-tuning on whole images",
+    "watch": "show in a terminal how a run is going",
     "sample": "draw images with a trained model",
     "pack": "pack pictures of any kind for training, check and show packed sets",
     "bench": "measure a training step at several mask rates against plain PyTorch",

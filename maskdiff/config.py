@@ -126,6 +126,10 @@ class Config:
     """classifier-free guidance of labelled models; 1: none"""
     probe_steps: int = 5
     """discarded steps that measure a stage's speed-up over dense"""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """where figures and sample grids go beside metrics.jsonl: tensorboard, wandb, both"""
+    log_every: int = 10
+    """steps between the figures that --log gets; metrics.jsonl has every step"""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -328,6 +332,7 @@ def _check_ranges(config: Config) -> None:
         ),
         ("guidance", config.guidance, config.guidance >= 0, "0 or more; 1 means none"),
         ("probe_steps", config.probe_steps, config.probe_steps >= 1, "1 or more"),
+        ("log_every", config.log_every, config.log_every >= 1, "1 or more"),
         ("data.flip", data.flip, 0 <= data.flip <= 1, "from 0 to 1"),
         ("data.label_dropout", data.label_dropout, 0 <= data.label_dropout < 1, "from 0 to below 1"),
         ("data.heldout", data.heldout, 0 <= data.heldout < 1, "from 0 to below 1"),

@@ -66,6 +66,7 @@ how
   --optim.ema A       average of the weights that samples are drawn with: its decay, as 0.999,
                       or power:W, a power function of relative width W, as power:0.1
   --optim.ema2 A      a second one (maskdiff.sample --weights ema2)
+  --log WHERE         tensorboard, wandb or both: figures and samples go there, too
 
 more
   --print-config      prints the whole configuration as JSON and stops
@@ -86,7 +87,7 @@ _SWITCHES = ("print-config", "help", "help-all")
 # its hash.
 FREE_ON_RESUME = frozenset(
     "max_steps device data.path out checkpoint_every keep_checkpoints heldout_every sample_every sample_count "
-    "sample_steps sampler eta guidance probe_steps capture compile optim.optimizer".split()
+    "sample_steps sampler eta guidance probe_steps capture compile optim.optimizer log log_every".split()
 )
 
 

@@ -1,34 +1,107 @@
-"""What a run leaves behind while it trains: metrics.jsonl, and the line on the terminal."""
+"""What a run tells while it trains: metrics.jsonl, the loggers of --log, and the line on the terminal."""
 
+import fcntl
 import json
 import sys
+import time
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from torch import Tensor, cat, stack
 from tqdm import tqdm
+
+from .config import Config, config_to_dict
+from .errors import UserError
+from .loggers import Logger, figures, open_loggers
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
     """metrics.jsonl: one JSON object a step, in order, each step once.
 
-    On resume it is cut back to the checkpoint's step, and so is a line that a kill left half written.
+    On resume it is cut back to the checkpoint's step, and so is a line that a kill left half written. It is locked as
+    long as it is open: a run has one process that trains it. Raises UserError where there is another.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if len(kept) != len(lines):
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            partial.replace(path)
         self._file = path.open("a", buffering=1)
+        _lock(self._file, path.parent)
+        lines = path.read_text().splitlines(keepends=True)
+        rows = [(len(line), json.loads(line)["step"]) for line in lines if line.endswith("\n")]
+        self.written: int = rows[-1][1] if rows else 0  # the last step that the file had when it was opened
+        self._file.truncate(sum(length for length, _ in takewhile(lambda row: row[1] <= step, rows)))
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         self._file.close()
+
+
+def _lock(file: TextIO, run: Path) -> None:
+    for wait in (0.05, 0.1, 0.2, 0.0):  # maskdiff.watch holds it for a moment
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(wait)
+        except OSError:  # a file system without locks
+            return
+    file.close()
+    raise UserError(f"{run} is being trained by another process; stop that one first, or start a new run with --out")
+
+
+def is_training(run: Path) -> bool:
+    """Whether a process trains this run now (on a file system without locks: no)."""
+    with suppress(FileNotFoundError), (run / METRICS).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+    return False
+
+
+class Logs:
+    """All that a run writes about itself: metrics.jsonl has every step, the loggers of `--log` every so many."""
+
+    def __init__(self, config: Config, run: Path, step: int) -> None:
+        self._every = config.log_every
+        self._metrics = MetricsFile(run / METRICS, step)
+        self._pictured = -1
+        try:
+            written = max(step, self._metrics.written)
+            self._loggers: list[Logger] = open_loggers(config.log, run, config_to_dict(config), step, written)
+        except BaseException:
+            self._metrics.close()
+            raise
+
+    def write(self, row: dict[str, Any], mask: str, batch: int) -> None:
+        """A step: its line, the mask of its stage, images a step."""
+        self._metrics.write(row)
+        if row["step"] % self._every == 0 or "heldout_loss" in row:
+            for logger in self._loggers:
+                logger.figures(row["step"], figures(row, mask, batch))
+
+    def picture(self, step: int, picture: "Image") -> None:
+        """A grid of samples."""
+        if step != self._pictured:
+            for logger in self._loggers:
+                logger.picture(step, picture)
+        self._pictured = step
+
+    def close(self) -> None:
+        self._metrics.close()
+        for logger in self._loggers:
+            logger.close()
 
 
 class DeviceScalars:

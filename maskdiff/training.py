@@ -18,14 +18,14 @@ from torch import Tensor
 import maskdiff_kernels
 from maskdiff_kernels import Mask
 
-from . import capture, checkpoint, data, flops, masking, measure, precision, sampling
+from . import capture, checkpoint, data, flops, loggers, masking, measure, precision, sampling
 from .config import Config, check_new_run, config_to_dict
 from .diffusion import Diffusion
 from .errors import UserError
 from .model import UViT
 from .optim import FlatState, Hyper, kernels
 from .pretrained import initial_weights
-from .runlog import DeviceScalars, MetricsFile, Progress
+from .runlog import DeviceScalars, Logs, Progress
 from .stages import fit, learning_rate, tokens_of
 from .step import Objective, Source, batch_loss, draw
 
@@ -87,6 +87,7 @@ class _Training:
         self.device = precision.resolve_device(config.device)
         self.dtype = precision.resolve_precision(config.precision, self.device)
         kernels(config.optim, self.device)  # what cannot run is said before data are made ready
+        loggers.check(config.log)
         if self.device.type == "cpu":
             precision.keep_freed_memory()
         if config.compile:
@@ -245,17 +246,17 @@ class _Training:
 
     def run(self) -> Run:
         with ExitStack() as stack:
-            metrics = MetricsFile(self.path / "metrics.jsonl", self.state.step)
-            stack.callback(metrics.close)
+            logs = Logs(self.config, self.path, self.state.step)
+            stack.callback(logs.close)
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
             while self.stage < len(self.config.stages) and not self._done():
-                self._run_stage(metrics)
+                self._run_stage(logs)
                 if self.stopped_by is None and not self._done():
                     self.stage, self.stage_step = self.stage + 1, 0
             self._save()
             if self.stopped_by is None:
-                self._sample()
+                self._sample(logs)
         return Run(self.path, self.state.step, self.stopped_by)
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -265,7 +266,7 @@ class _Training:
         limit = self.config.max_steps
         return self.stopped_by is not None or (limit is not None and self.state.step >= limit)
 
-    def _run_stage(self, metrics: MetricsFile) -> None:
+    def _run_stage(self, logs: Logs) -> None:
         stage = self.config.stages[self.stage]
         if stage.fresh and self.stage_step == 0:
             self.state.fresh()
@@ -308,13 +309,13 @@ class _Training:
                     extra["retained"] = round(retained, 4)
                 if by_tenth := row[3:]:
                     extra["loss_by_rate"] = {f"0.{tenth}": by_tenth[tenth] for tenth in tenths}
-                self._log(metrics, work, row[:3], rate, step_s, self.state.step - len(rows) + i + 1, extra)
+                self._log(logs, work, row[:3], rate, step_s, self.state.step - len(rows) + i + 1, extra)
             progress.update(len(rows), rows[-1][0], plan.batch / step_s, plan.speed(1e3 * step_s))
             lrs = []
             if due[1]:
                 self._save()
             if due[2]:
-                self._sample()
+                self._sample(logs)
             start = measure.now(self.device)
         progress.close()
 
@@ -323,7 +324,7 @@ class _Training:
 
     def _log(
         self,
-        metrics: MetricsFile,
+        logs: Logs,
         work: dict[str, float],
         row: list[float],
         lr: float,
@@ -337,7 +338,7 @@ class _Training:
         self.totals["train_s"] += step_s
         self.totals["skipped_steps"] += int(skipped)
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
-        metrics.write(
+        logs.write(
             {
                 "step": step,
                 "stage": self.stage,
@@ -348,8 +349,11 @@ class _Training:
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "skipped": bool(skipped),
+                "skipped_steps": self.totals["skipped_steps"],
                 **extra,
-            }
+            },
+            self.config.stages[self.stage].mask,
+            int(work["images_seen"]),
         )
         if self.skips_in_a_row >= MAX_SKIPS:
             kept = checkpoint.listing(self.path)
@@ -374,7 +378,7 @@ class _Training:
                 losses.append(batch_loss(model, source, objective, mask, batch, self.seed, self.dtype)[1])
         return torch.cat(losses).mean().item()
 
-    def _sample(self) -> None:
+    def _sample(self, logs: Logs) -> None:
         count = self.config.sample_count
         if count <= 0:
             return
@@ -396,7 +400,9 @@ class _Training:
             )
         folder = self.path / "samples"
         folder.mkdir(exist_ok=True)
-        sampling.grid(images).save(folder / f"step-{self.state.step:08d}.png")
+        sheet = sampling.grid(images)
+        sheet.save(folder / f"step-{self.state.step:08d}.png")
+        logs.picture(self.state.step, sheet)
 
 
 def _fit_to_data(config: Config, packed: data.PackedSet) -> Config:

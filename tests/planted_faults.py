@@ -544,6 +544,35 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "maskdiff/loggers.py",
+        trainer("loggers"),
+        (
+            ("step + 1 if folder.exists() else None", "None"),
+            ("if step > self._written:", "if True:"),
+            ("id=known or None", "id=None"),
+        ),
+    ),
+    (
+        "maskdiff/runlog.py",
+        trainer("loggers"),
+        (('or "heldout_loss" in row', ""), ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB")),
+    ),
+    (
+        "maskdiff/watch.py",
+        trainer("watch"),
+        (
+            ('if row["step"] <= self.row.get("step", 0):', "if False:"),
+            ("if stream.seek(0, os.SEEK_END) < self._read:", "if False:"),
+            ("self.recent.clear()", "pass"),
+            ("means = [mean(", "means = [sum("),
+        ),
+    ),
+    (
+        "maskdiff/packing/labels.py",
+        (*trainer("sources"), "-k", "folders_above"),
+        (("len(os.path.commonprefix(parts)) if parts else 0", "0"),),
+    ),
+    (
         "benchmarks/predict.py",
         ("tests/test_predict.py", "-k", "not holds"),
         (

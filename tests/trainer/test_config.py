@@ -227,7 +227,7 @@ OTHER = {
     "preset": "digits", "out": "o", "seed": 1, "max_steps": 9, "precision": "fp32", "device": "cpu", "capture": "off",
     "compile": True, "init": "i", "init_weights": "ema", "checkpoint_every": 2, "keep_checkpoints": 3,
     "heldout_every": 4, "sample_every": 5, "sample_count": 6, "sample_steps": 7, "guidance": 8.5, "probe_steps": 9,
-    "sampler": "heun", "eta": 0.5,
+    "sampler": "heun", "eta": 0.5, "log": ["wandb"], "log_every": 3,
     "data": {"path": "p", "labels": True, "label_dropout": 0.5, "flip": 0.5, "background": "red",
              "crop": "c", "subset": "9", "heldout": 0.5},
     "model": {
