@@ -16,12 +16,18 @@ TARGETS = ("eps", "x0", "v")
 class DiffusionConfig:
     """What is added to the images and what the model predicts. Raises UserError for values that do not exist."""
 
-    schedule: str = "cosine"  # "linear" | "cosine" | "shifted-cosine"
-    shift: float = 1.0  # shifted-cosine: this resolution over the one that the schedule was made for (64 in the paper)
-    timesteps: int = 1000  # T
-    target: str = "eps"  # "eps" | "x0" | "v"
-    min_snr: float | None = None  # gamma of the min-SNR loss weights (5 in the paper); None = unweighted
-    v_loss: float | None = None  # weights the error as a loss on v would, whatever is predicted, up to this on x0's
+    schedule: str = "cosine"
+    """noise schedule: linear, cosine, shifted-cosine"""
+    shift: float = 1.0
+    """of shifted-cosine: this resolution over the one that the schedule was made for (64 in the paper)"""
+    timesteps: int = 1000
+    """number of noise levels, T; 21 or more"""
+    target: str = "eps"
+    """what the model predicts: eps, x0, v"""
+    min_snr: float | None = None
+    """gamma of the min-SNR loss weights (5 in the paper); none: unweighted"""
+    v_loss: float | None = None
+    """weights the error as a loss on v would, whatever is predicted, up to this on x0's; none: unweighted"""
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

@@ -18,17 +18,28 @@ from .ragged import Packing
 class ModelConfig:
     """Shape of a UViT. Raises UserError where the parts do not fit together."""
 
-    image_size: int = 32  # pixels, square images
+    image_size: int = 32
+    """side of the images in pixels; they are square"""
     channels: int = 3
-    patch: int = 4  # side of a patch in pixels
-    width: int = 128  # D
-    blocks: int = 5  # odd: half in, one in the middle, half out
+    """colour channels of the images"""
+    patch: int = 4
+    """side of a patch in pixels"""
+    width: int = 128
+    """channels of a token, D; a multiple of 4 and of heads"""
+    blocks: int = 5
+    """transformer blocks, an odd number: half in, one in the middle, half out"""
     heads: int = 2
+    """attention heads; the op attention takes heads of 32, 64 or 128 channels, PyTorch's own any"""
     mlp_ratio: float = 4.0
+    """width inside a block's MLP over width"""
     qkv_bias: bool = False
-    time_mlp: bool = False  # a two-layer MLP on the time token
-    classes: tuple[int, ...] = ()  # number of values of each label attribute; () = unlabelled
-    init: str = "fan-in"  # or "authors"
+    """gives queries and values a bias"""
+    time_mlp: bool = False
+    """puts a two-layer MLP on the time token"""
+    classes: tuple[int, ...] = ()
+    """number of values of each label attribute, none: unlabelled; training sets it by the data (data.labels)"""
+    init: str = "fan-in"
+    """initial weights: fan-in, or authors for those of MaskDM's code"""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "channels", "patch", "width", "blocks", "heads"):
