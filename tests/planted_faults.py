@@ -2,18 +2,15 @@
 
 from dataclasses import dataclass
 
+from planted_trainer_faults import CAPTURE, TRAINER
+
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
 TRITON, IMAGES = (("tests/ops/test_" + op + "_triton.py", "-k", "interpreter") for op in ("attention", "images"))
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
 AVERAGES = ("tests/ops/test_adamw_ema.py", "tests/ops/test_adamw_averages.py", "-k", "power or averages")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
-CAPTURE = ("tests/trainer/test_capture.py", "-k", "not runs_are_the_same and not planted")
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
 PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
-
-
-def trainer(*modules: str) -> tuple[str, ...]:
-    return tuple(f"tests/trainer/test_{module}.py" for module in modules)
 
 
 @dataclass(frozen=True)
@@ -297,84 +294,6 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (("minor < capability[1]", "minor <= 9"), ("built[-1][:2] < capability", "built[0][:2] < capability")),
     ),
     (
-        "maskdiff/masking.py",
-        trainer("masking"),
-        (
-            ("return n - int(rate * n)\n", "return int(n - rate * n)\n"),
-            ("// area * area", "// plan.size * plan.size"),
-            ("(i + 0.5) / group", "i / group"),
-        ),
-    ),
-    ("maskdiff/masking.py", trainer("step"), (("10 * (n - visible) // n", "(10 * (n - visible) - 1) // n"),)),
-    (
-        "maskdiff/diffusion.py",
-        trainer("diffusion"),
-        (
-            ("kept[1:] / kept[:-1]", "kept[1:] / kept[0]"),
-            ("return alpha * eps - sigma * x0", "return alpha * eps + sigma * x0"),
-            ('"v": on_x0 / (snr + 1)', '"v": on_x0 / snr'),
-        ),
-    ),
-    (
-        "maskdiff/model.py",
-        trainer("model", "pretrained"),
-        (
-            ("skip=index > half", "skip=index >= half"),
-            ("[time + extra_rows[-1]]", "[time + extra_rows[0]]"),
-            ("F.embedding(keep_ids, patch_rows)", "patch_rows[: keep_ids.shape[1]]"),
-            ("cut.permute(0, 2, 4, 3, 5, 1)", "cut.permute(0, 2, 4, 5, 3, 1)"),
-            ("there.any(1, keepdim=True)", "there.all(1, keepdim=True)"),
-        ),
-    ),
-    (
-        "maskdiff/optim.py",
-        trainer("optim"),
-        (
-            ("math.inf if hyper.clip is None else hyper.clip", "math.inf"),
-            ("low=self.low if self.low.numel() else None", "low=None"),
-            ("decays=[segment.decay for", "decays=[segment.low for"),
-            ("ema2_decay=state.averages[-1]", "ema2_decay=state.averages[0]"),
-            ("for average in (self.ema, self.ema2):", "for average in (self.ema,):"),
-        ),
-    ),
-    (
-        "maskdiff/step.py",
-        trainer("step", "training"),
-        (
-            ("state.next_sample.add_(batch)", "state.next_sample.add_(1)"),
-            (".masked_fill(batch.drop_label[:, None], -1)", ""),
-            ("0.0).sum(0) / inside.sum(0)", "0.0).sum(0) / len(per_sample)"),
-        ),
-    ),
-    (
-        "maskdiff/step.py",
-        CAPTURE,
-        (
-            ("n = state.next_sample +", "n = state.sample +"),
-            ("torch.zeros_like(drawn_ids)", "drawn_ids"),
-            ("if source.store.slots is not None:", "if source.store.slots is not None and bool(drawn_ids[0] >= 0):"),
-        ),
-    ),
-    (
-        "maskdiff/optim.py",
-        CAPTURE,
-        (
-            ("self.next_sample.fill_(number)", "self.next_sample = torch.tensor(number)"),
-            ("                param.grad = None  # of", "                pass  # of"),
-        ),
-    ),
-    (
-        "maskdiff/capture.py",
-        CAPTURE,
-        (
-            ("with self.state.kept():", "if True:"),
-            ("key = mask, batch\n", "key = mask, 0\n"),
-            ("            self.state.made_step(batch)\n", ""),
-            ("if self.first != first:", "if self.first is None:"),
-            ("staging.fetch(first + batch)", "staging.fetch(first)"),
-        ),
-    ),
-    (
         "kernels/ops/draw_batch/reference.py",
         CAPTURE,
         (
@@ -385,72 +304,6 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     ("kernels/ops/denoising_loss/reference.py", CAPTURE, (("else cu.diff().long()", "else torch.bincount(sample)"),)),
     ("kernels/ops/samples.py", CAPTURE, (("place + across - 1 - 2 * (place % across), place)", "place, place)"),)),
-    (
-        "maskdiff/ragged.py",
-        trainer("ragged", "model"),
-        (
-            ("extras * (sample + 1)", "extras * sample + 1"),
-            ("cu_patches + extras * torch.arange(batch + 1", "cu_patches + 0 * torch.arange(batch + 1"),
-        ),
-    ),
-    (
-        "maskdiff/stages.py",
-        trainer("stages"),
-        (("(step + 1) / stage.warmup", "step / stage.warmup"), ("            batch -= 1", "            break")),
-    ),
-    (
-        "maskdiff/flops.py",
-        trainer("flops"),
-        (("for count in counts) / len(counts)", "for count in [sum(counts) / len(counts)])"),),
-    ),
-    (
-        "maskdiff/packing/decode.py",
-        trainer("decode"),
-        (
-            ("if turn not in (_TURNS[2]", "if turn in (_TURNS[2]"),
-            ("return Image.fromarray(((gray * 255 + 32767) // 65535)", "return Image.fromarray((gray // 257)"),
-        ),
-    ),
-    (
-        "maskdiff/packing/look.py",
-        (*trainer("sources"), "-k", "recipes"),
-        (("(25, 57, 128)", "(57, 25, 128)"),),
-    ),
-    (
-        "maskdiff/packing/sources.py",
-        (*trainer("sources"), "-k", "nested"),
-        (("return np.sort(np.argsort(", "return (np.argsort("),),
-    ),
-    (
-        "maskdiff/packing/archives.py",
-        (*trainer("hostile"), "-k", "lead_out or no_files"),
-        (('{"..", "\\0"} & set', '{"\\0"} & set'), ("if not member.isreg() or", "if")),
-    ),
-    (
-        "maskdiff/packing/tables.py",
-        (*trainer("sources"), "-k", "every_kind or interruptions"),
-        (("at < first + rows", "at <= first + rows"),),
-    ),
-    (
-        "maskdiff/packing/labels.py",
-        (*trainer("sources"), "-k", "labels"),
-        (("of.get(_key(attribute, value), -1)", "of.get(_key(attribute, value), 0)"),),
-    ),
-    (
-        "maskdiff/packing/journal.py",
-        (*trainer("pack"), "-k", "crash"),
-        (("if padded or not np.array_equal(keys_of(shape.images(rows)), entry.keys):", "if padded:"),),
-    ),
-    (
-        "maskdiff/packing/writer.py",
-        (*trainer("pack"), "-k", "crash or copies"),
-        (("            self._names.setdefault(key, name)\n", "            pass\n"),),
-    ),
-    (
-        "maskdiff/packing/check.py",
-        (*trainer("data"), "-k", "altered_pixel or wrong_arrays"),
-        (("if running.hexdigest() != expected:", "if number and running.hexdigest() != expected:"),),
-    ),
     (
         "tests/emulation/instructions.h",
         ("tests/emulation/test_wrappers.py", "-k", "products or matrices"),
@@ -476,44 +329,6 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("        _using = before\n", "        pass\n"),
             ('.get(op, "auto"), "MASKDIFF_KERNELS"', '.get(op, "reference"), "MASKDIFF_KERNELS"'),
         ),
-    ),
-    (
-        "maskdiff/bench.py",
-        trainer("bench"),
-        (
-            ('if name != "published"), default', "if name), default"),
-            (
-                'clock.mark) -> None:\n                prediction.register_hook(lambda grad: mark("loss backward"))',
-                'clock.mark) -> None:\n                prediction.register_hook(lambda grad: mark("backward"))',
-            ),
-        ),
-    ),
-    ("maskdiff/bench_kernels.py", trainer("bench"), (("excess = ms - dense_ms / ideal", "excess = ms - dense_ms"),)),
-    (
-        "maskdiff/sampling.py",
-        trainer("sampling", "samplers"),
-        (
-            ("scheduler.timesteps = scheduler.timesteps[: sampler.steps]", "pass"),
-            ("2 * (t - following) + 1)", "2 * (t - following) + 3)"),
-            ("levels[0] ** (1 / RHO)", "levels[10] ** (1 / RHO)"),
-            ("torch.sin(weights * angle) / torch.sin(angle)", "weights"),
-            ("return unconditional + guidance", "return conditional + guidance"),
-        ),
-    ),
-    (
-        "maskdiff/diffusion.py",
-        trainer("samplers"),
-        (("t.double() - below)", "t.double() * 0)"),),
-    ),
-    (
-        "maskdiff/folder.py",
-        trainer("samplers"),
-        (("if not _complete(_file(folder, number))", "if not _file(folder, number).exists()"),),
-    ),
-    (
-        "maskdiff/training.py",
-        (*trainer("training"), "-k", "retained or plan"),
-        (("self.dense_ms / step_ms / self.ideal", "self.dense_ms / step_ms"),),
     ),
     (
         "benchmarks/records.py",
@@ -542,35 +357,6 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("return case.name not in self.kept.of(", "return case.name in self.kept.of("),
             ("own_kernels(stand, case.mask) if case.name in (OWN, FUSED, NO_SYNC) else {}", "{}"),
         ),
-    ),
-    (
-        "maskdiff/loggers.py",
-        trainer("loggers"),
-        (
-            ("step + 1 if folder.exists() else None", "None"),
-            ("if step > self._written:", "if True:"),
-            ("id=known or None", "id=None"),
-        ),
-    ),
-    (
-        "maskdiff/runlog.py",
-        trainer("loggers"),
-        (('or "heldout_loss" in row', ""), ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB")),
-    ),
-    (
-        "maskdiff/watch.py",
-        trainer("watch"),
-        (
-            ('if row["step"] <= self.row.get("step", 0):', "if False:"),
-            ("if stream.seek(0, os.SEEK_END) < self._read:", "if False:"),
-            ("self.recent.clear()", "pass"),
-            ("means = [mean(", "means = [sum("),
-        ),
-    ),
-    (
-        "maskdiff/packing/labels.py",
-        (*trainer("sources"), "-k", "folders_above"),
-        (("len(os.path.commonprefix(parts)) if parts else 0", "0"),),
     ),
     (
         "benchmarks/predict.py",
@@ -606,4 +392,5 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (("if (m.arrived && (m.line != line || m.what != what))", "if (m.arrived && m.what != what)"),),
     ),
 )
-MUTANTS = tuple(Mutant(file, old, new, tests) for file, tests, faults in PLANTED for old, new in faults)
+
+MUTANTS = tuple(Mutant(file, old, new, tests) for file, tests, faults in PLANTED + TRAINER for old, new in faults)
