@@ -83,8 +83,8 @@ _OWN = (
 _SHORT = {"data": "data.path", "optimizer": "optim.optimizer"}
 _SWITCHES = ("print-config", "help", "help-all")
 
-# What a resumed run may change: how long it goes on, where, and what it writes. Data may have moved: training compares
-# its hash.
+# What a resumed run may change: how long it goes on, where, and what it writes; of stages, what _is_free says. Data may
+# have moved: training compares its hash.
 FREE_ON_RESUME = frozenset(
     "max_steps device data.path out checkpoint_every keep_checkpoints heldout_every sample_every sample_count "
     "sample_steps sampler eta guidance probe_steps capture compile optim.optimizer log log_every".split()
@@ -332,16 +332,30 @@ def _help_all(config: Config) -> str:
 
 
 def _check_same(saved: Config, asked: Config, run: str) -> None:
-    """Raises UserError that names the keys in which a resumed run would differ from itself."""
+    """Raises UserError that names the keys in which a resumed run would differ from what it has done so far."""
+    begun = _stages_begun(run)
     old, new = flatten(config_to_dict(saved)), flatten(config_to_dict(asked))
     differ = [key for key in [*old, *(k for k in new if k not in old)] if old.get(key) != new.get(key)]
-    differ = [key for key in differ if key not in FREE_ON_RESUME or key == "out"]
+    differ = [key for key in differ if not _is_free(key, begun)]
     if differ:
         told = ", ".join(f"{key} (is {_text(old.get(key))}, got {_text(new.get(key))})" for key in differ[:6])
         more = f" and {len(differ) - 6} more" if len(differ) > 6 else ""
         raise UserError(
             f"--resume {run}: that run has another {told}{more}; leave them out, or start a new run with --out"
         )
+
+
+def _is_free(key: str, begun: int) -> bool:
+    """Stages that have not begun are free, and so is the length of the last of the `begun` ones."""
+    if not key.startswith("stages."):
+        return key in FREE_ON_RESUME and key != "out"
+    number, name = key.removeprefix("stages.").split(".")
+    return int(number) >= begun or (int(number) == begun - 1 and name in ("steps", "minutes"))
+
+
+def _stages_begun(run: str) -> int:
+    plans = Path(run) / "plans.json"
+    return len(json.loads(plans.read_text())) if plans.exists() else 0
 
 
 def _text(value: Any) -> str:

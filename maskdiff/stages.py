@@ -48,6 +48,13 @@ class Stage:
     fresh: bool = False
     """starts with zero moments and a new EMA, as a run of its own would"""
 
+    def steps_at(self, step_ms: float) -> int:
+        """Its length in steps, of so many milliseconds each where it is given in minutes."""
+        if self.steps is not None:
+            return self.steps
+        assert self.minutes is not None  # a stage has one length or the other
+        return max(1, math.ceil(self.minutes * 60e3 / step_ms))
+
 
 def fit(
     stage: Stage,

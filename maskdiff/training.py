@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import signal
 import statistics
 import time
@@ -19,7 +18,7 @@ import maskdiff_kernels
 from maskdiff_kernels import Mask
 
 from . import capture, checkpoint, data, flops, loggers, masking, measure, precision, sampling
-from .config import Config, check_new_run, config_to_dict
+from .config import Config, check_new_run, config_to_dict, load_config
 from .diffusion import Diffusion
 from .errors import UserError
 from .model import UViT
@@ -165,8 +164,11 @@ class _Training:
             for key, plan in json.loads(plans.read_text()).items():
                 plan.pop("retained", None)  # follows from the rest
                 self.plans[int(key)] = StagePlan(**plan | {"mask": Mask(**_tuples(plan["mask"]))})
+        planned = {index: plan.steps for index, plan in self.plans.items()}
+        self._take_up_stages()
         if not checkpoint.listing(self.path):
             Progress.say(f"{self.path} has no checkpoint yet: starting again at step 0")
+            self._write_stages()
             return
         tensors, meta = checkpoint.load(checkpoint.latest(self.path))
         now = self._environment()
@@ -182,6 +184,38 @@ class _Training:
         self.state.step, self.state.sample = meta["step"], meta["sample"]
         self.stage, self.stage_step = meta["stage"], meta["stage_step"]
         self.totals, self.skips_in_a_row = meta["totals"], meta["skips_in_a_row"]
+        last = self.stage - 1
+        if self.stage_step == 0 and last in self.plans and self.plans[last].steps != planned[last]:
+            self.stage, self.stage_step = last, planned[last]  # was over, and is another length now
+        plan = self.plans.get(self.stage)
+        if plan is not None and plan.steps < self.stage_step:
+            raise UserError(
+                f"stage {self.stage + 1} has made {self.stage_step} steps and cannot end at {plan.steps}: "
+                f"give x{self.stage_step} or more"
+            )
+        self._write_stages()
+
+    def _take_up_stages(self) -> None:
+        """Gives the last stage that has begun the length that it is to have now. Options checked the rest."""
+        saved = load_config(self.path / "config.json").stages
+        for index, plan in self.plans.items():
+            if self.config.stages[index] != saved[index]:
+                steps = self.config.stages[index].steps_at(plan.step_ms)
+                self.plans[index] = dataclasses.replace(plan, steps=steps)
+
+    def _write_stages(self) -> None:
+        saved = load_config(self.path / "config.json")
+        if saved.stages != self.config.stages:
+            self._write_plans()
+            stages = dataclasses.replace(saved, stages=self.config.stages)
+            _write_json(self.path / "config.json", config_to_dict(stages))
+
+    def _write_plans(self) -> None:
+        plans = {
+            key: {**dataclasses.asdict(made), "retained": made.retained(made.step_ms)}
+            for key, made in self.plans.items()
+        }
+        _write_json(self.path / "plans.json", plans)
 
     def _save(self) -> None:
         meta = {
@@ -220,14 +254,10 @@ class _Training:
                         times[name].append(1e3 * (measure.now(self.device) - start))
         step_ms = statistics.median(times["step"])
         dense_ms = statistics.median(times["dense"] or times["step"])
-        steps = stage.steps
-        if steps is None:
-            assert stage.minutes is not None  # a stage has one length or the other
-            steps = max(1, math.ceil(stage.minutes * 60e3 / step_ms))
         plan = StagePlan(
             mask=mask,
             batch=batch,
-            steps=steps,
+            steps=stage.steps_at(step_ms),
             effective_rate=masking.effective_rate(mask, total),
             step_ms=step_ms,
             dense_ms=dense_ms,
@@ -235,11 +265,7 @@ class _Training:
             ideal=flops.ideal(self.config.model, mask.counts),
         )
         self.plans[index] = plan
-        plans = {
-            key: {**dataclasses.asdict(made), "retained": made.retained(made.step_ms)}
-            for key, made in self.plans.items()
-        }
-        _write_json(self.path / "plans.json", plans)
+        self._write_plans()
         return plan
 
     # ---- the loop

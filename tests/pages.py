@@ -83,7 +83,8 @@ def configuration() -> str:
                 lines.append(f"| `{key}` | {describe(hints[field.name])} | {_default(field)} | {text} |")
         parts.append("\n".join(lines))
     free = ", ".join(f"`{key}`" for key in sorted(options.FREE_ON_RESUME))
-    return "\n\n".join([*parts, f"A resumed run may change {free}."])
+    stages = "The last stage that has begun may become longer, and those behind it are free: `--stages.1.steps 9000`."
+    return "\n\n".join([*parts, f"A resumed run may change {free}. {stages}"])
 
 
 def _default(field: Any) -> str:

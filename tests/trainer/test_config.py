@@ -380,10 +380,11 @@ def test_no_stages():
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder with nothing but its configuration."""
+    """A run folder with nothing but its configuration and the plans of its stages."""
     config = replace(resolve(["--seed", "3", "--max-steps", "10", "--out", "run"]), out="moved/elsewhere")
     (tmp_path / "run").mkdir()
     write(tmp_path / "run/config.json", config_to_dict(config))
+    write(tmp_path / "run/plans.json", {"0": {}, "1": {}})
     return config
 
 
@@ -413,6 +414,7 @@ def test_resume_may_repeat_what_is_the_same_and_change_what_is_free(run):
     assert command.config.capture == "off" and command.config.compile
     assert (command.config.max_steps, command.config.checkpoint_every) == (20, 7)
     assert command.config.data.path == "x"
+    assert parse(["--resume", "run", "--stages.1.steps", "9"]).config.stages[1].steps == 9  # the last that has begun
     assert FREE_ON_RESUME <= flatten(config_to_dict(run)).keys()
 
 
@@ -423,6 +425,7 @@ def test_resume_may_repeat_what_is_the_same_and_change_what_is_free(run):
         (["--preset", "faces64"], ["preset (is faces32, got faces64)"]),
         (["--stages.1.lr", "1", "--optim.ema", "0.5"], ["stages.1.lr (is 0.004, got 1.0)", "optim.ema"]),
         (["--stages", "dense x5"], ["stages.0.mask", "stages.0.steps", "more"]),
+        (["--stages.0.steps", "901"], ["stages.0.steps (is 900, got 901)"]),
         (["--mask.rate", "0.5"], ["stages.0.mask (is patch:0.75, got patch:0.5)"]),
         (["--init", "w.pt"], ["init (is none, got w.pt)"]),
         (["--precision", "bf16"], ["precision"]),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from maskdiff import capture, checkpoint, flops, training
-from maskdiff.config import Config, ModelConfig, config_to_dict
+from maskdiff.config import Config, ModelConfig, config_to_dict, load_config
 from maskdiff.errors import UserError
 from maskdiff.options import parse
 
@@ -102,6 +102,31 @@ def test_resume_is_bit_for_bit(unbroken, tmp_path, stop):
     assert exact(out) == exact(unbroken)
     ours, theirs = (checkpoint.load(checkpoint.latest(run))[0] for run in (out, unbroken))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("stop", [11, None])  # inside the last stage, and after it
+def test_a_resumed_run_takes_a_longer_stage_and_one_more(tmp_path, stop):
+    more = ("--stages.1.steps", "9")
+    training.run(tiny(tmp_path / "longer", *more))
+    out = tmp_path / "run"
+    training.run(dataclasses.replace(tiny(out), max_steps=stop))
+    training.run(parse(["--resume", str(out), *more, "--max-steps", "99"]).config, resume=True)
+    assert exact(out) == exact(tmp_path / "longer")
+    both = [parse(["--resume", str(out)]).config.stages, load_config(out / "config.json").stages]
+    assert both == [tiny(out, *more).stages] * 2  # and remembers it
+    stages = f"{STAGES.replace('x6', 'x9')}, block2:0.5 x2 b8 lr1e-3"
+    training.run(parse(["--resume", str(out), "--stages", stages, "--max-steps", "99"]).config, resume=True)
+    assert [row["stage"] for row in rows(out)] == [0] * 8 + [1] * 9 + [2] * 2
+    with pytest.raises(UserError, match=r"stages.1.steps \(is 9, got 8\)"):  # it is over for good
+        parse(["--resume", str(out), "--stages.1.steps", "8"])
+
+
+def test_a_stage_cannot_end_before_what_it_has_made(unbroken):
+    config = parse(["--resume", str(unbroken), "--stages.1.steps", "4"]).config
+    before = (unbroken / "config.json").read_text(), (unbroken / "plans.json").read_text()
+    with pytest.raises(UserError, match="stage 2 has made 6 steps and cannot end at 4: give x6 or more"):
+        training.run(config, resume=True)
+    assert before == ((unbroken / "config.json").read_text(), (unbroken / "plans.json").read_text())
 
 
 COMMAND = """
