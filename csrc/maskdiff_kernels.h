@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MASKDIFF_ABI 6
+#define MASKDIFF_ABI 7
 
 #if defined(__GNUC__)
 #define MASKDIFF_API __attribute__((visibility("default")))
@@ -147,6 +147,11 @@ MASKDIFF_API int maskdiff_cpu_set_level(int level);  // BAD_OPTION above the bes
 
 // What samples n use. Errors: NO_MEMORY, BAD_OPTION.
 MASKDIFF_API int maskdiff_cpu_draw_batch(const maskdiff_draw* draw, int threads);
+
+// out [M, E]: the visible patches as they are stored; those of a mirrored picture are not mirrored yet. The system is told
+// of all before the first is read: of a mapped file they come from the disk at once. Runs on the calling thread alone.
+// Errors: BAD_RANGE (nothing is written then).
+MASKDIFF_API int maskdiff_cpu_gather_patches(const maskdiff_samples* samples, uint8_t* out);
 
 // out [B, K, E] or [M, E] of `dtype`: x_t = alpha_t x_0 + sigma_t eps, or x_0 without alpha_sigma.
 // Errors: BAD_RANGE (nothing is written then), BAD_OPTION.

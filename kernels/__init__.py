@@ -16,6 +16,7 @@ from maskdiff_kernels.ops.attention.op import WIDTHS as ATTENTION_WIDTHS
 from maskdiff_kernels.ops.attention.op import attention
 from maskdiff_kernels.ops.denoising_loss.op import denoising_loss
 from maskdiff_kernels.ops.draw_batch.op import Batch, Mask, draw_batch
+from maskdiff_kernels.ops.gather import gather_patches
 from maskdiff_kernels.ops.noisy_patches.op import noisy_patches
 from maskdiff_kernels.ops.samples import Store
 
@@ -35,6 +36,7 @@ __all__ = [
     "cpu_level",
     "denoising_loss",
     "draw_batch",
+    "gather_patches",
     "noisy_patches",
     "philox",
     "source_version",

@@ -80,6 +80,8 @@ class DataConfig:
     """so many of the images, 3000 or 10%, always the same; none: all"""
     heldout: float = 0.02
     """share of the images that is held out of training"""
+    reading: Literal["auto", "device", "mapped", "ahead"] = "auto"
+    """device: copies the images there; mapped: reads the memory map; ahead: a thread reads it for steps to come"""
 
 
 @dataclass(frozen=True)

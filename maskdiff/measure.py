@@ -210,12 +210,13 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         return None
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left behind would hide this one's peak
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     call()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes that /proc/self/status gives for a field, as VmRSS or RssAnon. Raises OSError where it has none."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -28,7 +28,7 @@ def unmarked(part: str) -> None:
 class Source:
     """What samples are drawn from, on the training device."""
 
-    store: Store  # all images; or, with slots, the visible patches of one batch as a single image (see capture.py)
+    store: Store  # all images; or, with slots, the visible patches of one batch as a single image (see reading.py)
     ids: Tensor  # [N] int64: images that may be drawn
     labels: Tensor | None  # [rows, A] int32, -1 = missing; None where the model takes no label
 

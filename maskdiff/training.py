@@ -17,7 +17,7 @@ from torch import Tensor
 import maskdiff_kernels
 from maskdiff_kernels import Mask
 
-from . import capture, checkpoint, data, flops, loggers, masking, measure, precision, sampling
+from . import capture, checkpoint, data, flops, loggers, masking, measure, precision, reading, sampling
 from .config import Config, check_new_run, config_to_dict, load_config
 from .diffusion import Diffusion
 from .errors import UserError
@@ -113,7 +113,9 @@ class _Training:
         self.state = FlatState(self.model, config.optim, self.dtype)
         diffusion = Diffusion(config.diffusion)
         self.diffusion = diffusion
-        store = capture.place(packed.store, self.device)
+        self.reading = reading.resolve(packed.store, self.device, config.data.reading)
+        Progress.say(self.reading.words)
+        store = self.reading.store
         labels = packed.labels.to(self.device) if config.model.classes else None
         self.source = Source(store, packed.train_ids.to(self.device), labels)
         self.heldout = Source(store, packed.heldout_ids.to(self.device), labels)
@@ -139,7 +141,8 @@ class _Training:
             _write_json(self.path / "config.json", config_to_dict(config))
 
     def _steps(self, say: Callable[[str], None]) -> capture.Steps:
-        return capture.Steps(self.state, self.source, self.objective, self.seed, self.config.capture, say)
+        ahead = self.reading.mode == "ahead"
+        return capture.Steps(self.state, self.source, self.objective, self.seed, self.config.capture, say, ahead)
 
     # ---- state on disk
 
@@ -400,7 +403,7 @@ class _Training:
         with torch.no_grad(), self.state.ema_weights() as model:
             for n in torch.arange(HELDOUT_SAMPLES, device=self.device).split(64):
                 batch = draw(self.heldout, objective, mask, self.seed, n)
-                source = capture.staged(self.heldout, batch)
+                source = reading.staged(self.heldout, batch)
                 losses.append(batch_loss(model, source, objective, mask, batch, self.seed, self.dtype)[1])
         return torch.cat(losses).mean().item()
 

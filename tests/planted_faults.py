@@ -135,6 +135,15 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "csrc/cpu/gather_patches.cpp",
+        ("tests/ops/test_gather.py",),
+        (
+            ("image + row * elements, (size_t)elements", "image + row * elements, (size_t)elements - 1"),
+            ("pixel_row(s, j, s->keep_ids[j], s->flip[b] != 0);\n      memcpy", "s->keep_ids[j];\n      memcpy"),
+            ("if (!in_range(s)) return MASKDIFF_BAD_RANGE;\n  const uintptr_t", "const uintptr_t"),
+        ),
+    ),
+    (
         "csrc/common/samples.h",
         (NOISY,),
         (

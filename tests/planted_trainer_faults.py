@@ -83,8 +83,18 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("with self.state.kept():", "if True:"),
             ("key = mask, batch\n", "key = mask, 0\n"),
             ("            self.state.made_step(batch)\n", ""),
-            ("if self.first != first:", "if self.first is None:"),
-            ("staging.fetch(first + batch)", "staging.fetch(first)"),
+        ),
+    ),
+    ("maskdiff/capture.py", trainer("reading"), (("                staging.settle()\n", "                pass\n"),)),
+    (
+        "maskdiff/reading.py",
+        trainer("reading"),
+        (
+            ("or self.coming[0][0] != first:", "or False:"),
+            ("(1 + len(self.coming)) * self.batch", "len(self.coming) * self.batch"),
+            ("for _ in range(AHEAD)]", "for _ in range(1)]"),
+            ("None if plain else stay_on_one_thread", "None"),
+            ("if size <= fitting else", "if size < fitting else"),
         ),
     ),
     (

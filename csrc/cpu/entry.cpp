@@ -46,6 +46,10 @@ int maskdiff_cpu_set_level(int wanted) {
 
 int maskdiff_cpu_draw_batch(const maskdiff_draw* draw, int threads) { DISPATCH(draw_batch(draw, threads)) }
 
+int maskdiff_cpu_gather_patches(const maskdiff_samples* samples, uint8_t* out) {
+  DISPATCH(gather_patches(samples, out))
+}
+
 int maskdiff_cpu_noisy_patches(const maskdiff_samples* samples, void* out, int dtype, int threads) {
   DISPATCH(noisy_patches(samples, out, dtype, threads))
 }

@@ -12,6 +12,7 @@
   int attention_backward(const maskdiff_attention_input* input, float scale, const float* lse, const void* grad_out,   \
                          int64_t grad_sequence_stride, int64_t grad_token_stride, void* grad_qkv, int threads);        \
   int draw_batch(const maskdiff_draw* draw, int threads);                                                              \
+  int gather_patches(const maskdiff_samples* samples, uint8_t* out);                                                   \
   int noisy_patches(const maskdiff_samples* samples, void* out, int dtype, int threads);                               \
   int denoising_loss(const maskdiff_samples* samples, const void* prediction, int64_t sample_stride,                   \
                      int64_t patch_stride, int dtype, int target, const float* weight, float* mean, float* per_sample, \

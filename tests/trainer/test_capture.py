@@ -1,4 +1,4 @@
-"""What a CUDA graph of a step rests on, shown on a CPU: nothing waits, nothing moves, nothing is baked in; staging."""
+"""What a CUDA graph of a step rests on, shown on a CPU: nothing waits, nothing moves, nothing is baked in."""
 
 import dataclasses
 import json
@@ -6,12 +6,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from small_step import BATCH, MODEL, SEED, mask_of, setup
+from small_step import BATCH, SEED, mask_of, setup
 from watching import NoReading, NoWaiting, Recorder
 
-from maskdiff import capture
-from maskdiff.capture import Captured, Staging, Steps
+from maskdiff import capture, step
+from maskdiff.capture import Captured, Steps
 from maskdiff.optim import Hyper
+from maskdiff.reading import Staging
 from maskdiff.step import accumulate, device_step, train_step
 from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops.adamw_ema import op as adamw_op
@@ -63,7 +64,7 @@ WAITS = {
 def test_a_step_that_waits_is_noticed(fault, monkeypatch):
     """Each way to wait, planted between the draw and the rest."""
     state, source, objective = setup()
-    monkeypatch.setattr("maskdiff.step.draw", planted(capture.draw, lambda batch: WAITS[fault](batch.keep_ids[0] * 0)))
+    monkeypatch.setattr("maskdiff.step.draw", planted(step.draw, lambda batch: WAITS[fault](batch.keep_ids[0] * 0)))
     with pytest.raises(AssertionError, match="wait"), NoWaiting(), NoReading():
         train_step(state, source, objective, mask_of("patch:0.5"), SEED, BATCH, HYPERS[0])
 
@@ -292,13 +293,11 @@ class Refused(Captured):
 
 
 class OnDevice(Steps):
-    """Steps that are captured, or staged, though this is a CPU."""
-
-    captures = stages = False
+    """Steps that are captured, though this is a CPU."""
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
-        self.captures, self.stages = type(self).captures and self.captures is not None, type(self).stages
+        self.captures = True
 
 
 @pytest.fixture
@@ -308,20 +307,20 @@ def graphs(monkeypatch):
     return Pretended.made
 
 
-def steps_of(captures=True, stages=False, say=None, **options):
+def steps_of(captures=True, ahead=False, say=None, **options):
     state, source, objective = setup(**options)
-    steps = Steps(state, source, objective, SEED, "auto", say or (lambda text: None))
-    assert not steps.captures and not steps.stages  # on a CPU
-    steps.captures, steps.stages = captures, stages
+    steps = Steps(state, source, objective, SEED, "auto", say or (lambda text: None), ahead)
+    assert not steps.captures  # on a CPU
+    steps.captures = captures
     return steps
 
 
 SEQUENCE = ["patch:0.5", "patch:0.5", "dense", "patch:0.1-0.9", "patch:0.5", "dense", "block2:0.75", "patch:0.1-0.9"]
 
 
-@pytest.mark.parametrize("stages", [False, True], ids=["", "staged"])
-def test_captured_steps_are_eager_steps_and_stages_share_graphs(graphs, stages):
-    steps, eager = steps_of(stages=stages), steps_of(captures=False)
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+def test_captured_steps_are_eager_steps_and_stages_share_graphs(graphs, ahead):
+    steps, eager = steps_of(ahead=ahead), steps_of(captures=False)
     for turn, mask in enumerate(SEQUENCE):
         hyper = HYPERS[turn % len(HYPERS)]
         got, expected = steps(mask_of(mask), BATCH, hyper), eager(mask_of(mask), BATCH, hyper)
@@ -363,52 +362,6 @@ def test_a_fault_of_the_step_itself_is_raised(graphs, monkeypatch):
         steps(mask_of("dense"), BATCH, HYPERS[0])
 
 
-# ---- staging
-
-
-@pytest.mark.parametrize("mask", MASKS)
-def test_staged_patches_are_those_of_the_store(mask):
-    staged, direct = steps_of(captures=False, stages=True), steps_of(captures=False)
-    for turn in range(5):
-        got, expected = staged(mask_of(mask), BATCH, HYPERS[0]), direct(mask_of(mask), BATCH, HYPERS[0])
-        assert torch.equal(got.loss, expected.loss)
-        if turn == 2:  # elsewhere in the stream, as after a resume
-            staged.state.sample = direct.state.sample = 301
-    same(staged.state, direct.state)
-
-
-def test_patches_are_fetched_while_the_step_before_runs(monkeypatch):
-    """Once a step, ahead of it; twice only where a shape begins."""
-    log = []
-    fetch, hand_over = Staging.fetch, Staging.hand_over
-    monkeypatch.setattr(Staging, "fetch", lambda self, first: (log.append(("fetch", first)), fetch(self, first))[1])
-    monkeypatch.setattr(
-        Staging, "hand_over", lambda self, first: (log.append(("step", first)), hand_over(self, first))[1]
-    )
-    steps = steps_of(captures=False, stages=True)
-    for mask in ("dense", "dense", "patch:0.5"):
-        steps(mask_of(mask), BATCH, HYPERS[0])
-    assert log == [
-        ("step", 0), ("fetch", 0), ("fetch", 8), ("step", 8), ("fetch", 16), ("step", 16), ("fetch", 16), ("fetch", 24)
-    ]  # fmt: skip
-    staging = steps.prepare(mask_of("dense"), BATCH)[0]
-    assert staging.source.store.patches.shape == (1, BATCH * MODEL.patches, MODEL.patch_dim)
-    assert steps.prepare(mask_of("patch:0.5"), BATCH)[0].incoming.numel() == BATCH * 8 * MODEL.patch_dim
-
-
-def test_images_stay_with_the_host_where_a_device_has_no_room(monkeypatch):
-    store = setup()[1].store
-    assert capture.place(store, CPU).patches is store.patches
-    free = [2 * store.patches.numel() - 2]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1 << 40))
-    assert capture.place(store, torch.device("cuda")) is store
-    free[0] += 2
-    moved: list[torch.device] = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: moved.append(device) or tensor)
-    capture.place(store, torch.device("cuda"))
-    assert moved == [torch.device("cuda")]
-
-
 # ---- whole runs
 
 
@@ -420,14 +373,13 @@ def cache(tmp_path_factory):
         yield
 
 
-def run(out, monkeypatch, captured, stages, *more):
+def run(out, monkeypatch, captured, readings, *more):
+    """A run that is broken off and resumed with another reading."""
     from maskdiff import checkpoint, training
     from maskdiff.options import parse
 
     monkeypatch.setattr(capture, "Captured", captured)
-    monkeypatch.setattr(OnDevice, "captures", captured is not None)
-    monkeypatch.setattr(OnDevice, "stages", stages)
-    monkeypatch.setattr(capture, "Steps", OnDevice)
+    monkeypatch.setattr(capture, "Steps", OnDevice if captured else Steps)
     argv = ["--data", "faces:200", "--precision", "fp32", "--device", "cpu", "--model.width", "32", "--model.blocks"]
     argv += ["3", "--model.heads", "1", "--probe-steps", "1", "--checkpoint-every", "3", "--heldout-every", "4"]
     argv += ["--sample-every", "5", "--sample-count", "2", "--sample-steps", "2", "--data.flip", "0.5"]
@@ -436,8 +388,9 @@ def run(out, monkeypatch, captured, stages, *more):
         "patch:0.75 x5 b16 lr2e-3 w2 c1.0, patch:0.4-0.9 x4 b16 lr1e-3, patch:0.75 x3 b16 lr1e-3 fresh",
     ]
     config = dataclasses.replace(parse([*argv, *more]).config, out=str(out))
-    training.run(dataclasses.replace(config, max_steps=7))
-    training.run(config, resume=True)
+    first, then = (dataclasses.replace(config, data=dataclasses.replace(config.data, reading=r)) for r in readings)
+    training.run(dataclasses.replace(first, max_steps=7))
+    training.run(then, resume=True)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [{key: row[key] for key in row if key not in ("step_ms", "train_s", "retained")} for row in rows]
     return rows, checkpoint.load(checkpoint.latest(out))[0]
@@ -445,25 +398,30 @@ def run(out, monkeypatch, captured, stages, *more):
 
 def test_a_probe_times_steps_whose_patches_were_staged(cache, tmp_path, monkeypatch):
     """Two shapes take turns there: each goes on where it has fetched ahead."""
-    late, hand_over = [], capture.Staging.hand_over
+    late, hand_over = [], Staging.hand_over
 
     def counted(staging, first):
-        late.append(staging.first not in (None, first))
+        late.append(bool(staging.coming) and staging.coming[0][0] != first)
         hand_over(staging, first)
 
-    monkeypatch.setattr(capture.Staging, "hand_over", counted)
-    run(tmp_path / "run", monkeypatch, None, True, "--probe-steps", "4", "--max-steps", "1")
+    monkeypatch.setattr(Staging, "hand_over", counted)
+    run(tmp_path / "run", monkeypatch, None, ("ahead", "ahead"), "--probe-steps", "4", "--max-steps", "1")
     probed = late[: 2 * (1 + 4)]
     assert len(probed) == 10 and not any(probed)
 
 
-def test_runs_are_the_same_however_their_steps_are_launched(cache, tmp_path, monkeypatch, capsys):
+def test_runs_are_the_same_however_their_steps_are_launched_and_read(cache, tmp_path, monkeypatch, capsys):
     """Held-out losses, samples, checkpoints and a resume lie between the replays of a graph."""
-    rows, tensors = run(tmp_path / "eager", monkeypatch, None, False)
-    assert len(rows) == 12 and "CUDA graph" not in capsys.readouterr().out
-    for name, captured, stages in (("graphs", Pretended, True), ("refused", Refused, False)):
+    rows, tensors = run(tmp_path / "eager", monkeypatch, None, ("device", "mapped"))
+    said = capsys.readouterr().out
+    assert len(rows) == 12 and "CUDA graph" not in said
+    assert "reading device: 0.6 MB of images, " in said and "reading mapped: 0.6 MB of images, " in said
+    for name, captured, readings in (
+        ("graphs", Pretended, ("ahead", "auto")),
+        ("refused", Refused, ("mapped", "ahead")),
+    ):
         Pretended.made = []
-        got, theirs = run(tmp_path / name, monkeypatch, captured, stages)
+        got, theirs = run(tmp_path / name, monkeypatch, captured, readings)
         assert got == rows and all(torch.equal(theirs[key], tensors[key]) for key in tensors)
         if captured is Pretended:
             # twice in each of the three probes, and one for each shape of the run before and after it was broken off

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_step import BATCH, mask_of, setup
 
-from maskdiff import capture
+from maskdiff import reading
 from maskdiff.capture import Steps
 from maskdiff.optim import Hyper
 from maskdiff.step import batch_loss, draw, train_step
@@ -56,7 +56,7 @@ def same(state, other):
 def heldout(steps):
     """What lies between the replays of a run: a loss of the EMA weights."""
     batch = draw(steps.source, steps.objective, mask_of("dense"), steps.seed, torch.arange(4, device=CUDA))
-    source = capture.staged(steps.source, batch)
+    source = reading.staged(steps.source, batch)
     with torch.no_grad(), steps.state.ema_weights() as model:
         dtype = steps.state.dtype
         return batch_loss(model, source, steps.objective, mask_of("dense"), batch, steps.seed, dtype)[0]
@@ -123,6 +123,7 @@ def test_a_step_that_reads_back_runs_without_a_graph(kernels, exact, monkeypatch
 
 def test_images_that_take_too_much_of_the_device_stay_with_the_host(monkeypatch):
     store = setup()[1].store
-    assert capture.place(store, CUDA).patches.is_cuda
-    monkeypatch.setattr(capture, "RESIDENT", 0.0)
-    assert capture.place(store, CUDA) is store
+    assert reading.resolve(store, CUDA).store.patches.is_cuda
+    monkeypatch.setattr(reading, "RESIDENT", 0.0)
+    ahead = reading.resolve(store, CUDA)
+    assert ahead.store is store and ahead.mode == "ahead"

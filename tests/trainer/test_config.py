@@ -229,7 +229,7 @@ OTHER = {
     "heldout_every": 4, "sample_every": 5, "sample_count": 6, "sample_steps": 7, "guidance": 8.5, "probe_steps": 9,
     "sampler": "heun", "eta": 0.5, "log": ["wandb"], "log_every": 3,
     "data": {"path": "p", "labels": True, "label_dropout": 0.5, "flip": 0.5, "background": "red",
-             "crop": "c", "subset": "9", "heldout": 0.5},
+             "crop": "c", "subset": "9", "heldout": 0.5, "reading": "mapped"},
     "model": {
         "image_size": 30, "channels": 1, "patch": 5, "width": 24, "blocks": 7, "heads": 3, "mlp_ratio": 2.0,
         "qkv_bias": True, "time_mlp": True, "classes": [4, 2], "init": "authors",
