@@ -112,7 +112,7 @@ MASKDIFF_INLINE void finish_row(const BackwardScratch& s, int64_t rows, int64_t 
   p = s.p + row * PANEL, ds = s.ds + row * PANEL;
   for (int64_t key = 0; key < keys; key += PANEL, p += step, ds += step) {
     const Vector first = gradient(p, ds), second = key + WIDTH < keys ? gradient(p + WIDTH, ds + WIDTH) : Vector{};
-    if (Number::NUMBERS == 2) store_pairs(s.ds_along + place(rows, row, key / 2), first, second);
+    if (Number::NUMBERS == 2) *(WideHalves*)(s.ds_along + place(rows, row, key / 2)) = bfloat16_halves(first, second);
   }
 }
 
@@ -123,14 +123,9 @@ static void pair_rows(float* down, const float* from, int64_t rows, int64_t keys
     const float* line = from;
     float* to = down;
     for (int64_t pair = 0; pair < height; pair++, line += 2 * PANEL, to += PANEL) {
-#pragma GCC unroll 2
-      for (int half = 0; half < PANEL; half += WIDTH) {
-        Words both = __builtin_convertvector(bfloat16_halves(load(line + half)), Words);
-        if (2 * pair + 1 < rows) {
-          both |= __builtin_convertvector(bfloat16_halves(load(line + PANEL + half)), Words) << 16;
-        }
-        store(to + half, Vector(both));
-      }
+      WideHalves other = {};
+      if (2 * pair + 1 < rows) other = bfloat16_halves(load(line + PANEL), load(line + PANEL + WIDTH));
+      store_interleaved(to, bfloat16_halves(load(line), load(line + WIDTH)), other);
     }
   }
 }

@@ -54,7 +54,7 @@ void exponentials(float* scores, int64_t rows, int64_t keys, float scale, float*
         store(at, first);
         if (both) store(at + WIDTH, second);
       } else {
-        store_pairs(scores + place(rows, row, key / 2), first, second);
+        *(WideHalves*)(scores + place(rows, row, key / 2)) = bfloat16_halves(first, second);
       }
     }
     tops[row] = largest;

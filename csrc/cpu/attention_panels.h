@@ -60,24 +60,30 @@ static void pack_floats(float* to, int64_t height, Rows from, int64_t rows, int6
   }
 }
 
+// PANEL words of `low` (low half) and `high`.
+MASKDIFF_INLINE void store_interleaved(float* to, WideHalves low, WideHalves high) {
+  WideHalves first = {}, second = {};
+#pragma GCC unroll 32
+  for (int i = 0; i < PANEL; i++) {
+    first[i] = (uint16_t)(i / 2 + i % 2 * PANEL);
+    second[i] = (uint16_t)(first[i] + WIDTH);
+  }
+  *(WideHalves*)to = __builtin_shuffle(low, high, first);
+  *(WideHalves*)(to + WIDTH) = __builtin_shuffle(low, high, second);
+}
+
 // Rows of bfloat16 to panels [columns][ceil(height / 2)]: a word holds rows 2i (low half) and 2i + 1 (0 beyond `rows`).
 static void pack_row_pairs(float* to, Rows from, int64_t rows, int64_t columns) {
   const int64_t height = (rows + 1) / 2;
   for (int64_t pair = 0; pair < height; pair++, from.data += 2 * from.row_bytes) {
     const uint16_t* first = (const uint16_t*)from.data;
     const uint16_t* second = (const uint16_t*)(from.data + from.row_bytes);
-    for (int64_t column = 0; column < columns; column += WIDTH) {
-      Words words = __builtin_convertvector(*(const LooseHalves*)(first + column), Words);
-      if (2 * pair + 1 < rows) words |= __builtin_convertvector(*(const LooseHalves*)(second + column), Words) << 16;
-      store(to + place(height, pair, column), Vector(words));
+    for (int64_t column = 0; column < columns; column += PANEL) {
+      WideHalves other = {};
+      if (2 * pair + 1 < rows) other = *(const LooseWideHalves*)(second + column);
+      store_interleaved(to + place(height, pair, column), *(const LooseWideHalves*)(first + column), other);
     }
   }
-}
-
-// 2 WIDTH numbers as WIDTH words of neighbours.
-MASKDIFF_INLINE void store_pairs(float* to, Vector first, Vector second) {
-  *(Halves*)to = bfloat16_halves(first);
-  *((Halves*)to + 1) = bfloat16_halves(second);
 }
 
 // WIDTH rows of WIDTH columns of a panel, transposed: first within fours of lanes, then the fours among each other.

@@ -32,8 +32,10 @@ typedef float Vector __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH), may_alias));
+typedef uint16_t WideHalves __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef Vector LooseVector __attribute__((aligned(4)));
 typedef Halves LooseHalves __attribute__((aligned(2)));
+typedef WideHalves LooseWideHalves __attribute__((aligned(2)));
 
 typedef float Word __attribute__((may_alias));  // 32 bits of whatever
 
@@ -77,6 +79,19 @@ MASKDIFF_INLINE Integers lanes() {
 #pragma GCC unroll 16
   for (int i = 0; i < WIDTH; i++) lane[i] = i;
   return lane;
+}
+
+// The same of two vectors, one after another.
+MASKDIFF_INLINE WideHalves bfloat16_halves(Vector first, Vector second) {
+#if MASKDIFF_WIDTH == 16 && defined(__AVX512BF16__)
+  return (WideHalves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+  union {
+    Halves parts[2];
+    WideHalves whole;
+  } both = {{bfloat16_halves(first), bfloat16_halves(second)}};
+  return both.whole;
+#endif
 }
 
 template <int DISTANCE>
