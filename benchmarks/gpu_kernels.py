@@ -127,7 +127,8 @@ def from_bench_file(op: str) -> Callable[[torch.device], Iterator[Case]]:
 
 OPS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
     "attention": attention,
-    **{op: from_bench_file(op) for op in ("adamw_ema", "noisy_patches", "denoising_loss", "draw_batch", "layer_norm")},
+    **{op: from_bench_file(op) for op in ("adamw_ema", "noisy_patches", "denoising_loss", "draw_batch", "gelu")},
+    "layer_norm": from_bench_file("layer_norm"),
 }
 
 

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MASKDIFF_ABI 7
+#define MASKDIFF_ABI 8
 
 #if defined(__GNUC__)
 #define MASKDIFF_API __attribute__((visibility("default")))
@@ -140,7 +140,7 @@ MASKDIFF_API const char* maskdiff_source_version(void);  // of the sources this 
 MASKDIFF_API int maskdiff_abi(void);                      // MASKDIFF_ABI
 
 // Instruction sets: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16. Every set gives the same bits, in
-// attention the same to rounding.
+// attention and gelu the same to rounding.
 MASKDIFF_API int maskdiff_cpu_best_level(void);  // the highest that this processor and this library have
 MASKDIFF_API int maskdiff_cpu_level(void);       // the one in use; the best until set
 MASKDIFF_API int maskdiff_cpu_set_level(int level);  // BAD_OPTION above the best. Not while another call runs
@@ -184,6 +184,14 @@ MASKDIFF_API int maskdiff_cpu_attention(const maskdiff_attention_input* input, f
 MASKDIFF_API int maskdiff_cpu_attention_backward(const maskdiff_attention_input* input, float scale, const float* lse,
                                                  const void* grad_out, int64_t grad_sequence_stride,
                                                  int64_t grad_token_stride, void* grad_qkv, int threads);
+
+// out = x Phi(x), Phi the standard normal distribution; dense tensors of `elements` numbers. Errors: BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_gelu(const void* x, int64_t elements, int dtype, void* out, int threads);
+
+// grad_x [rows, columns] = grad_out (Phi(x) + x Phi'(x)), and the sums of each of its columns before it is rounded.
+// x, grad_out: dense, like it; sums [columns] or NULL. Errors: NO_MEMORY, BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_gelu_backward(const void* x, const void* grad_out, int64_t rows, int64_t columns,
+                                            int dtype, void* grad_x, float* sums, int threads);
 
 // Clips the gradients to the bound, updates the masters by AdamW, then the averages and the low-precision copy; counts.
 // norm [1]: of all gradients, before clipping. Where it is not finite (a sum of squares beyond the floats is not)

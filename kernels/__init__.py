@@ -1,7 +1,8 @@
 """maskdiff_kernels: the compute ops of maskdiff. Knows nothing of training.
 
 `draw_batch` says what a batch of samples shows, `noisy_patches` makes the model's input of it, `attention` mixes its
-tokens, `denoising_loss` scores the model's output, `adamw_ema` updates the weights. Each has a plain PyTorch twin and
+tokens, `gelu` is the activation between its products, `denoising_loss` scores the model's output, `adamw_ema` updates
+the weights. Each has a plain PyTorch twin and
 compiled kernels; `backends` tells which can run here, `using` has others run than would be chosen.
 """
 
@@ -17,6 +18,7 @@ from maskdiff_kernels.ops.attention.op import attention
 from maskdiff_kernels.ops.denoising_loss.op import denoising_loss
 from maskdiff_kernels.ops.draw_batch.op import Batch, Mask, draw_batch
 from maskdiff_kernels.ops.gather import gather_patches
+from maskdiff_kernels.ops.gelu.op import gelu
 from maskdiff_kernels.ops.noisy_patches.op import noisy_patches
 from maskdiff_kernels.ops.samples import Store
 
@@ -37,6 +39,7 @@ __all__ = [
     "denoising_loss",
     "draw_batch",
     "gather_patches",
+    "gelu",
     "noisy_patches",
     "philox",
     "source_version",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .layers import attention, layer_norm, residual_linear, sincos_table, timestep_embedding
+from .layers import attention, layer_norm, linear_gelu, residual_linear, sincos_table, timestep_embedding
 from .ragged import Packing
 
 
@@ -145,7 +145,7 @@ class Block(nn.Module):
         qkv = self.qkv(layer_norm(x, self.norm1))
         mixed = attention(qkv.view(*lengths, 3, self.heads, x.shape[1] // self.heads), cu_seqlens, max_seqlen)
         x = residual_linear(x, mixed.view_as(x), self.proj)
-        return residual_linear(x, F.gelu(self.fc1(layer_norm(x, self.norm2))), self.fc2)
+        return residual_linear(x, linear_gelu(layer_norm(x, self.norm2), self.fc1), self.fc2)
 
 
 class UViT(nn.Module):

@@ -69,6 +69,35 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "csrc/cpu/gelu.cpp",
+        ("tests/ops/test_gelu.py", "-k", "not compile and not opcheck"),
+        (
+            ("- 0x1p-126f, y * t}", ", y * t}"),
+            ("0.39894228f * n.a - n.tail", "0.39894228f * n.a + n.tail"),
+            ("Integers(x) >> 31;", "Integers(x) >> 30;"),
+            ("part < parts; part++) sum +=", "part + 1 < parts; part++) sum +="),
+            ("row = rows * part / parts;", "row = rows * part / parts + (part > 0);"),
+            (
+                "backward_vectors<DTYPE, 1>(part, gradients, part, sums ? sums + i : nullptr);",
+                "backward_vectors<DTYPE, 1>(part, gradients, part, nullptr);",
+            ),
+        ),
+    ),
+    (
+        "kernels/ops/gelu/op.py",
+        ("tests/ops/test_gelu.py", "-k", "implementation_of_the_forward"),
+        (('dispatch.choice("gelu", x.device, backend)', "backend"),),
+    ),
+    (
+        "maskdiff/layers.py",
+        (*trainer("model"), "-k", "linear_gelu"),
+        (
+            ("(gradients[0], inner, bias_wanted,", "(gradients[0], inner, True,"),
+            ('and not torch.is_autocast_enabled("cpu")', ""),
+            ("grad.t().mm(x)", "gradients[0].t().mm(x)"),
+        ),
+    ),
+    (
         "csrc/cuda/adamw_ema.cu",
         ("tests/emulation/test_adamw_ema.py", "-k", "float64 or same_bits or address"),
         (

@@ -82,4 +82,13 @@ int maskdiff_cpu_attention_backward(const maskdiff_attention_input* input, float
   DISPATCH(attention_backward(input, scale, lse, grad_out, grad_sequence_stride, grad_token_stride, grad_qkv, threads))
 }
 
+int maskdiff_cpu_gelu(const void* x, int64_t elements, int dtype, void* out, int threads) {
+  DISPATCH(gelu(x, elements, dtype, out, threads))
+}
+
+int maskdiff_cpu_gelu_backward(const void* x, const void* grad_out, int64_t rows, int64_t columns, int dtype,
+                               void* grad_x, float* sums, int threads) {
+  DISPATCH(gelu_backward(x, grad_out, rows, columns, dtype, grad_x, sums, threads))
+}
+
 }  // extern "C"

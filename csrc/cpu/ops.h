@@ -13,6 +13,9 @@
                          int64_t grad_sequence_stride, int64_t grad_token_stride, void* grad_qkv, int threads);        \
   int draw_batch(const maskdiff_draw* draw, int threads);                                                              \
   int gather_patches(const maskdiff_samples* samples, uint8_t* out);                                                   \
+  int gelu(const void* x, int64_t elements, int dtype, void* out, int threads);                                        \
+  int gelu_backward(const void* x, const void* grad_out, int64_t rows, int64_t columns, int dtype, void* grad_x,       \
+                    float* sums, int threads);                                                                         \
   int noisy_patches(const maskdiff_samples* samples, void* out, int dtype, int threads);                               \
   int denoising_loss(const maskdiff_samples* samples, const void* prediction, int64_t sample_stride,                   \
                      int64_t patch_stride, int dtype, int target, const float* weight, float* mean, float* per_sample, \

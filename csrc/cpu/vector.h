@@ -74,6 +74,14 @@ MASKDIFF_INLINE Halves bfloat16_halves(Vector x) {
 #endif
 }
 
+MASKDIFF_INLINE Vector of_bfloat16(Halves x) {
+#if MASKDIFF_WIDTH == 16 && defined(__AVX512F__)
+  return Vector(Words(_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)x)) << 16);  // convertvector goes by halves
+#else
+  return Vector(__builtin_convertvector(x, Words) << 16);
+#endif
+}
+
 MASKDIFF_INLINE Integers lanes() {
   Integers lane = {};
 #pragma GCC unroll 16

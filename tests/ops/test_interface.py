@@ -280,7 +280,7 @@ def test_choice(monkeypatch):
 def test_choice_by_op(monkeypatch):
     """MASKDIFF_KERNELS may name ops; `using` comes before it, an argument before both."""
     monkeypatch.setenv("MASKDIFF_KERNELS", "attention=sdpa, adamw_ema=torch")
-    found = {"adamw_ema": "torch", "attention": "sdpa", **dict.fromkeys(OPS, "cpp")}
+    found = {"adamw_ema": "torch", "attention": "sdpa", **dict.fromkeys((*OPS, "gelu"), "cpp")}
     assert mk.chosen("cpu") == found
     with mk.using(attention="explicit", draw_batch="reference"):
         assert mk.chosen("cpu") == {**found, "attention": "explicit", "draw_batch": "reference"}
@@ -323,7 +323,7 @@ def test_using_holds_where_the_backward_runs(monkeypatch):
 
 def test_the_committed_table_is_sound():
     table = dispatch.read_table((Path(dispatch.__file__).parent / "choices.json").read_text())
-    assert set(table["cpu"]) == set(table["cuda"]) == {"adamw_ema", "attention", *OPS}
+    assert set(table["cpu"]) == set(table["cuda"]) == {"adamw_ema", "attention", "gelu", *OPS}
 
 
 @pytest.mark.parametrize(

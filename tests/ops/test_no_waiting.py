@@ -17,6 +17,7 @@ from maskdiff_kernels.ops.attention import explicit, sdpa
 from maskdiff_kernels.ops.attention import reference as attention
 from maskdiff_kernels.ops.denoising_loss import reference as loss
 from maskdiff_kernels.ops.draw_batch import reference as draw
+from maskdiff_kernels.ops.gelu import reference as gelu
 from maskdiff_kernels.ops.noisy_patches import reference as noisy
 from maskdiff_kernels.ops.samples import Samples
 
@@ -110,6 +111,11 @@ def test_attention(ragged: bool, module):
     sequences = (torch.empty(4, dtype=torch.int32), 9, 0.5) if ragged else (None, None, 0.5)
     out, lse = module.run(qkv, *sequences)
     assert module.run_backward(out, qkv, out, lse, *sequences).shape == qkv.shape
+
+
+def test_gelu():
+    x = torch.empty(5, 7)
+    assert gelu.run(x).shape == x.shape and gelu.run_backward(x, x, True)[1].shape == x.shape[1:]
 
 
 @pytest.mark.parametrize("run", [pytest.param(adamw.run, id="reference"), pytest.param(fused.run, id="torch")])

@@ -1,0 +1,1 @@
+"""The op gelu: op.py is its contract, reference.py its meaning."""
