@@ -7,7 +7,7 @@ what a step makes and drops, gradients among it, lies in the graph's own memory.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .errors import first_line
 from .model import UViT
 from .optim import FlatState, Hyper
 from .reading import Staging
-from .step import Objective, Source, StepResult, device_step, train_step
+from .step import Objective, Source, StepResult, device_step, micro_step, update_step
 
 
 class Captured:
@@ -41,15 +41,25 @@ class Captured:
         with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(self.graph, pool=pool):
             self.result = call()  # every replay writes it anew
 
-    def __call__(self) -> None:
+    def __call__(self) -> Any:
         self.graph.replay()
+        return self.result
+
+
+class Shape(NamedTuple):
+    """What steps of one shape are made of: calls, captured where that works."""
+
+    staging: Staging | None
+    part: Callable[[], Any]  # a whole step; or a micro-batch of one
+    update: Callable[[], StepResult] | None  # ends a step of micro-batches
 
 
 class Steps:
     """Training steps of any stage: captured, one graph for each mask and batch, where that works; else as train_step.
 
-    Stages of one shape share a graph, all graphs their memory. Where the images are read ahead, those of the next steps
-    are staged while this one runs. Either way a step is the same bit for bit.
+    Stages of one shape share a graph, all graphs their memory. A step of micro-batches has two graphs: one is replayed
+    for each of them, the other makes the update. Where the images are read ahead, those of the next steps or
+    micro-batches are staged while this one runs. Either way a step is the same bit for bit.
     """
 
     def __init__(
@@ -66,47 +76,64 @@ class Steps:
         self.device = seed.device
         self.captures = capture == "auto" and self.device.type == "cuda"
         self.stages = ahead or source.store.patches.device != self.device
-        self._shapes: dict[tuple[Mask, int], tuple[Staging | None, Captured | None]] = {}
+        self._shapes: dict[tuple[Mask, int, int], Shape] = {}
+        self._memory: Captured | None = None  # a graph whose memory the others share
 
-    def __call__(self, mask: Mask, batch: int, hyper: Hyper) -> StepResult:
-        """Trains on the next `batch` samples. The figures hold until the next call."""
-        staging, graph = self.prepare(mask, batch)
-        if staging is not None:
-            staging.hand_over(self.state.sample)
-        if graph is not None:
-            self.state.tell(hyper)
-            graph()
-            self.state.made_step(batch)
-            result = graph.result
-        else:
-            source = self.source if staging is None else staging.source
-            result = train_step(self.state, source, self.objective, mask, self.seed, batch, hyper)
+    def __call__(self, mask: Mask, batch: int, hyper: Hyper, micro: int | None = None) -> StepResult:
+        """Trains on the next `batch` samples, `micro` at a time (None: at once), which divides `batch`.
+
+        A mask of several rates takes micro-batches of whole groups. The figures hold until the next call.
+        """
+        micro = micro or batch
+        staging, part, update = self.prepare(mask, batch, micro)
+        self.state.tell(hyper)
+        first = self.state.sample
+        for sample in range(first, first + batch, micro):
+            if staging is not None:
+                staging.hand_over(sample)
+            result = part()
+        if update is not None:
+            result = update()
+        self.state.made_step(batch)
         return result
 
-    def prepare(self, mask: Mask, batch: int) -> "tuple[Staging | None, Captured | None]":
+    def prepare(self, mask: Mask, batch: int, micro: int | None = None) -> Shape:
         """What steps of this shape need, made where it is not there yet: call it before steps that are timed."""
-        key = mask, batch
+        micro = micro or batch
+        key = mask, batch, micro
         if key not in self._shapes:
             staging, source = None, self.source
             if self.stages:
-                staging = Staging(source, self.objective, mask, self.seed, batch)
+                staging = Staging(source, self.objective, mask, self.seed, micro)
                 source = staging.source
-            self._shapes[key] = staging, self._capture(source, mask, batch) if self.captures else None
+            place = self.state, source, self.objective, mask, self.seed, micro
+            part: Callable[[], Any] = partial(device_step, *place)
+            update: Callable[[], StepResult] | None = None
+            if micro < batch:
+                part, update = partial(micro_step, *place, batch // micro), partial(update_step, self.state, mask)
+            if self.captures:
+                what = f"steps of {micro} images with up to {max(mask.counts)} patches"
+                part = self._captured(part, what)
+                update = update and self._captured(update, f"updates after {what}")
+            self._shapes[key] = Shape(staging, part, update)
         return self._shapes[key]
 
-    def _capture(self, source: Source, mask: Mask, batch: int) -> Captured | None:
-        """The graph of a step; None, said with the reason, where there can be none. Nothing counts as trained."""
-        shared = next((graph for _, graph in self._shapes.values() if graph is not None), None)
-        for staging, _ in self._shapes.values():
-            if staging is not None:
-                staging.settle()
-        call = partial(device_step, self.state, source, self.objective, mask, self.seed, batch)
+    def forget(self, mask: Mask, batch: int, micro: int) -> None:
+        """Gives back what `prepare` made of a shape that turned out not to fit."""
+        self._shapes.pop((mask, batch, micro), None)
+        graphs = (call for shape in self._shapes.values() for call in shape if isinstance(call, Captured))
+        self._memory = next(graphs, None)
+
+    def _captured(self, call: Callable[[], Any], what: str) -> Callable[[], Any]:
+        """The graph of a call; itself, said with the reason, where there can be none. Nothing counts as trained."""
+        for shape in self._shapes.values():
+            if shape.staging is not None:
+                shape.staging.settle()
         try:
             with self.state.kept():
-                return Captured(call, self.device, shared)
+                graph = Captured(call, self.device, self._memory)
         except Exception as error:  # of whatever kind: a real fault comes again in the step itself
-            self.say(
-                f"note: steps of {batch} images with up to {max(mask.counts)} patches run without a CUDA graph: "
-                f"{type(error).__name__}: {first_line(error)}"
-            )
-            return None
+            self.say(f"note: {what} run without a CUDA graph: {type(error).__name__}: {first_line(error)}")
+            return call
+        self._memory = self._memory or graph
+        return graph

@@ -16,7 +16,7 @@ from .diffusion import DiffusionConfig
 from .errors import UserError
 from .model import ModelConfig
 from .sampling import SamplerName
-from .stages import Stage, fit, parse_stages, templates
+from .stages import Stage, fit, micro_batch, parse_stages, templates
 
 __all__ = ["Config", "DataConfig", "DiffusionConfig", "ModelConfig", "OptimConfig", "Stage"]
 
@@ -102,6 +102,8 @@ class Config:
     """where to train"""
     compile: bool = False
     """compiles each block by torch.compile, once for all mask rates; needs a C++ compiler, on a GPU Triton"""
+    recompute: bool = False
+    """keeps each block's input alone for the backward pass, which computes the rest again: less memory, more time"""
     capture: Literal["auto", "off"] = "auto"
     """auto: on a GPU, steps are CUDA graphs where they can be; off: each of their launches is the host's"""
     init: str | None = None
@@ -278,7 +280,7 @@ def describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join("none" if arg is type(None) else describe(arg) for arg in args)
     if origin is Literal:
-        return "one of " + ", ".join(str(arg) for arg in args)
+        return ("one of " if len(args) > 1 else "") + ", ".join(str(arg) for arg in args)
     if origin is tuple:
         if args[-1] is Ellipsis:
             return f"a list, each {describe(args[0])}"
@@ -363,9 +365,11 @@ def _check_stage(number: int, stage: Stage, config: Config) -> None:
             raise UserError(
                 f"{key}.{given[0]} is {getattr(stage, given[0])}; give more than 0, up to {_MOST[given[0]]}"
             )
+    micro = stage.micro_batch
     for name, good, takes in (
         ("lr", stage.lr > 0, "more than 0"),
         ("warmup", stage.warmup >= 0, "0 or more"),
+        ("micro_batch", not isinstance(micro, int) or micro >= 1, "1 or more, auto, or none"),
         ("clip", stage.clip is None or stage.clip > 0, "more than 0, or none"),
         ("cool", 0 <= stage.cool <= 1, "from 0 to 1"),
     ):
@@ -375,7 +379,7 @@ def _check_stage(number: int, stage: Stage, config: Config) -> None:
         raise UserError(f"{key} has decay cosine and cool {stage.cool}; give one of the two")
     extras = 2 if config.data.labels or config.model.classes else 1  # time token, label token
     try:
-        fit(stage, config.model.grid, extras)
+        micro_batch(stage, *fit(stage, config.model.grid, extras))
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
 

@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .errors import UserError
 from .layers import attention, layer_norm, linear_gelu, residual_linear, sincos_table, timestep_embedding
@@ -156,6 +158,7 @@ class UViT(nn.Module):
     """
 
     label_first: Tensor  # [A] each attribute's first row in the label table
+    recompute = False  # True: of each block its input alone is kept for the backward pass, which computes it again
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -242,7 +245,10 @@ class UViT(nn.Module):
         skips: list[Tensor] = []
         half = self.config.blocks // 2
         for index, block in enumerate(self.blocks):
-            stream = block(stream, lengths, cu_seqlens, max_seqlen, skips.pop() if index > half else None)
+            layer: Callable[..., Tensor] = block
+            if self.recompute and torch.is_grad_enabled():  # nothing in a block is random
+                layer = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            stream = layer(stream, lengths, cu_seqlens, max_seqlen, skips.pop() if index > half else None)
             if index < half:
                 skips.append(stream)
         return self.head(layer_norm(stream, self.norm))

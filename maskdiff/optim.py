@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import torch
@@ -40,6 +41,17 @@ class Hyper:
 
     lr: float
     clip: float | None  # bound on the global gradient norm
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What the micro-batches of a step leave for its update. Stands still; zero between steps."""
+
+    gradients: list[Tensor]  # float32, one per segment: views of one flat buffer
+    figures: Tensor  # [11] float32: the loss, and that by tenth of the rate
+
+    def zero(self) -> None:
+        torch._foreach_zero_([*self.gradients, self.figures])
 
 
 class FlatState(Generic[M]):
@@ -153,6 +165,11 @@ class FlatState(Generic[M]):
             param.grad = None
         return grads
 
+    @cached_property
+    def sums(self) -> Sums:
+        """Made at first use: a run whose steps take their batch at once has none."""
+        return Sums(self.views(torch.zeros_like(self.master)), self.master.new_zeros(11))
+
     def fresh(self) -> None:
         """Starts the moments and the averages anew from the present weights, as a separate run would."""
         for flat in (self.exp_avg, self.exp_avg_sq, self.adam_step, self.ema_step):
@@ -181,6 +198,8 @@ class FlatState(Generic[M]):
             self.sample, self.step = counts
             for param in self.params:
                 param.grad = None  # of a step that was not finished
+            if "sums" in vars(self):
+                self.sums.zero()
             self._round()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -28,7 +29,7 @@ from .config import (
 )
 from .errors import UserError
 from .masking import parse_mask, with_mask
-from .stages import parse_stages, templates
+from .stages import Stage, parse_stages, templates
 
 HELP = """\
 usage: python -m maskdiff.train [--preset P] [--data PATH] [--out RUN] [--KEY VALUE ...]
@@ -50,13 +51,17 @@ how
                         patch:RATE, block4:RATE, crop:RATE, crop5 or dense; RATE is 0.75,
                         or 0.5-0.9: each step then shows all of the range, evenly spread
                         x5000 steps, or 10m or 1.5h of training time
-                        b64 images or t8192 tokens a step      lr2e-4 learning rate
+                        b64 images or t8192 tokens a step, b64/16: 16 images at a time;
+                        lr2e-4 learning rate
                         w500 warm-up steps                     c1.0 clip, c0 none
                         const, cosine or cool0.3 (rate falls over the last 30 %)
                         fresh: moments and EMA start anew
                       what S leaves out, but for the length, comes from the preset's stages
   --mask.rate R       the mask rate of the only masked stage
   --mask.kind K       its kind: patch, block4, crop, crop5
+  --micro-batch N     most images at a time in every stage, gradients added up over its batch;
+                      auto (or --batch auto): as many as fit in memory
+  --recompute         keeps less for the backward pass and computes it again: less memory, slower
   --stages.N.KEY V    one key of stage N, from 0: mask steps minutes batch tokens lr warmup clip ...
   --max-steps N       ends the run after N steps in all; stage lengths stay
   --seed S            seed of everything random
@@ -78,7 +83,8 @@ examples
   python -m maskdiff.train --stages 'block2:0.75 x2000 b128 lr1e-3 w100, dense 5m b32'
 """
 _OWN = (
-    "preset", "config", "resume", "stages", "mask.rate", "mask.kind", "print-config", "help", "help-all"
+    "preset", "config", "resume", "stages", "mask.rate", "mask.kind", "micro-batch", "batch", "print-config", "help",
+    "help-all",
 )  # fmt: skip
 _SHORT = {"data": "data.path", "optimizer": "optim.optimizer"}
 _SWITCHES = ("print-config", "help", "help-all")
@@ -87,7 +93,8 @@ _SWITCHES = ("print-config", "help", "help-all")
 # have moved: training compares its hash.
 FREE_ON_RESUME = frozenset(
     "max_steps device data.path out checkpoint_every keep_checkpoints heldout_every sample_every sample_count "
-    "sample_steps sampler eta guidance probe_steps capture compile optim.optimizer log log_every data.reading".split()
+    "sample_steps sampler eta guidance probe_steps capture compile recompute optim.optimizer log log_every "
+    "data.reading".split()
 )
 
 
@@ -109,7 +116,7 @@ def parse(argv: list[str]) -> Command:
     options = _split(argv)
     own = {key: value for key, value in options if key in _OWN}
     if "help" in own:
-        return Command(Config(), text=HELP.format(presets=", ".join(presets.PRESETS)))
+        return Command(Config(), text=HELP.format(presets=_wrapped(", ".join(presets.PRESETS))))
     if own.get("preset") == ["list"]:
         return Command(Config(), text=presets.listing())
     run = _one("resume", own["resume"]) if "resume" in own else None
@@ -136,6 +143,10 @@ def parse(argv: list[str]) -> Command:
     if run is None:
         check_new_run(config.out)
     return Command(config, resume=run is not None)
+
+
+def _wrapped(names: str) -> str:
+    return textwrap.fill(names, 72).replace("\n", "\n" + 22 * " ")
 
 
 # ---- the words of the command line
@@ -251,7 +262,19 @@ def _base(own: dict[str, list[str]], saved: Config | None) -> Config:
         raise UserError("the run has no stages; give --stages, for example 'patch:0.75 x1000, dense x1000'")
     if "mask.rate" in own or "mask.kind" in own:
         config = _edit_mask(config, own)
+    for key in ("batch", "micro-batch"):
+        if key in own:
+            config = _edit_micro_batch(config, key, _one(key, own[key]))
     return config
+
+
+def _edit_micro_batch(config: Config, key: str, value: str) -> Config:
+    if key == "batch" and value != "auto":
+        keys = " or ".join(f"--stages.{number}.batch" for number in range(len(config.stages)))
+        raise UserError(f"--batch takes auto, as many images at a time as fit in memory; a stage's batch is {keys}")
+    words = ["None" if value.lower() == "none" else value]
+    micro = _read(key, words, get_type_hints(Stage)["micro_batch"])
+    return replace(config, stages=tuple(replace(stage, micro_batch=micro) for stage in config.stages))
 
 
 def _edit_mask(config: Config, own: dict[str, list[str]]) -> Config:
@@ -346,10 +369,12 @@ def _check_same(saved: Config, asked: Config, run: str) -> None:
 
 
 def _is_free(key: str, begun: int) -> bool:
-    """Stages that have not begun are free, and so is the length of the last of the `begun` ones."""
+    """Stages that have not begun are free, so are micro-batches, and the length of the last of the `begun` ones."""
     if not key.startswith("stages."):
         return key in FREE_ON_RESUME and key != "out"
     number, name = key.removeprefix("stages.").split(".")
+    if name == "micro_batch":
+        return True
     return int(number) >= begun or (int(number) == begun - 1 and name in ("steps", "minutes"))
 
 

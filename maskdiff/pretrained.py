@@ -65,6 +65,15 @@ def load_maskdm(path: str | os.PathLike, weights: str = "model", heads: int | No
     return _build(config, state, os.fspath(path))
 
 
+def check_initial(path: str | os.PathLike) -> None:
+    """Raises UserError where --init names nothing."""
+    if not Path(path).exists():
+        raise UserError(
+            f"init is {os.fspath(path)}: there is no such run, checkpoint or .pt file; name one with --init, "
+            "or start from new weights with --init none"
+        )
+
+
 def initial_weights(
     path: str | os.PathLike,
     weights: str,  # "raw" | "ema" | "ema2"
@@ -74,6 +83,7 @@ def initial_weights(
 
     Raises UserError where they are of another shape than the model: it says which of its settings differ.
     """
+    check_initial(path)
     if Path(path).is_dir():
         model = load(path, weights)
     else:

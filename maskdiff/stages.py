@@ -14,7 +14,8 @@ from .masking import SMALLEST_GROUP, mean_visible, number_text, parse_mask, reso
 
 GRAMMAR = (
     "first KIND:RATE (patch, block4, crop; 0.75 or 0.5-0.9) or dense or crop5, then in any order "
-    "x5000 (steps) or 10m or 1.5h (time), b64 (images a step) or t8192 (tokens a step), lr2e-4, "
+    "x5000 (steps) or 10m or 1.5h (time), b64 (images a step; b64/16: 16 at a time, b64/auto: as many as fit in "
+    "memory) or t8192 (tokens a step), lr2e-4, "
     "w500 (warm-up steps), c1.0 (clip), const or cosine or cool0.3, fresh"
 )
 
@@ -35,6 +36,8 @@ class Stage:
     """images a step; or give tokens"""
     tokens: int | None = None
     """tokens a step, from which the images a step follow; or give batch"""
+    micro_batch: int | Literal["auto"] | None = None
+    """most images at a time, their gradients added up over the batch; auto: as many as fit in memory; none: all"""
     lr: float = 2e-4
     """learning rate"""
     warmup: int = 0
@@ -87,6 +90,30 @@ def tokens_of(mask: Mask, batch: int, extras: int) -> int:
     return batch // len(mask.counts) * sum(mask.counts) + batch * extras
 
 
+def micro_batches(batch: int, mask: Mask) -> list[int]:
+    """Images that micro-batches of such steps may have, ascending: equal parts of the batch, of whole groups."""
+    group = len(mask.counts)
+    return [size for size in range(group, batch + 1, group) if batch % size == 0]
+
+
+def micro_batch(stage: Stage, batch: int, mask: Mask) -> int | None:
+    """Images that a step of the stage takes at a time: at most as many as it says. None: what fits is to be found.
+
+    Raises UserError where that is less than a group of a range of rates.
+    """
+    if stage.micro_batch is None or stage.micro_batch == "auto":
+        return batch if stage.micro_batch is None else None
+    sizes = [size for size in micro_batches(batch, mask) if size <= stage.micro_batch]
+    if not sizes:
+        group = len(mask.counts)
+        smaller = "" if group <= SMALLEST_GROUP else f", or a batch that {SMALLEST_GROUP} divides"
+        raise UserError(
+            f"stage {stage.mask!r}: its range of rates is spread over every {group} images, which a micro-batch holds "
+            f"together; {stage.micro_batch} at a time are too few, give {group} or more{smaller}"
+        )
+    return sizes[-1]
+
+
 def _images_in(stage: Stage, tokens_per_image: float) -> int:
     if stage.tokens is None or stage.tokens < tokens_per_image:
         least = math.ceil(tokens_per_image)
@@ -118,13 +145,14 @@ def learning_rate(
 
 # Word -> the fields it sets. One entry a word; two words that set one field exclude each other.
 _INT = r"(\d+)"
+_SIZE = r"(auto|\d+(?:/(?:auto|\d+))?)"
 _FLOAT = r"((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 _WORDS: tuple[tuple[str, re.Pattern[str], str], ...] = (
     ("x", re.compile("x" + _INT), "length"),
     ("m", re.compile(_FLOAT + "m"), "length"),
     ("h", re.compile(_FLOAT + "h"), "length"),
-    ("b", re.compile("b" + _INT), "batch"),
-    ("t", re.compile("t" + _INT), "batch"),
+    ("b", re.compile("b" + _SIZE), "batch"),
+    ("t", re.compile("t" + _SIZE), "batch"),
     ("lr", re.compile("lr" + _FLOAT), "learning rate"),
     ("w", re.compile("w" + _INT), "warm-up"),
     ("c", re.compile("c" + _FLOAT), "clip"),
@@ -206,7 +234,15 @@ def _match(word: str) -> tuple[str, str, str] | None:
 
 
 def _fields(name: str, value: str) -> dict[str, Any]:
+    micro: int | str | None = None
+    if name in ("b", "t"):
+        if value == "auto":
+            return {"micro_batch": "auto"}
+        value, _, at_once = value.partition("/")
+        micro = int(at_once) if at_once.isdigit() else at_once or None
     number = float(value) if name not in ("const", "cosine", "fresh") else 0.0
+    if micro == 0:
+        raise UserError(f"takes more than 0 at a time, such as '{name}{value}/16'")
     if name in ("x", "m", "h", "b", "t", "lr") and not number > 0:
         raise UserError(f"takes more than 0, such as {_EXAMPLES[name]!r}")
     if not math.isfinite(number):
@@ -219,8 +255,8 @@ def _fields(name: str, value: str) -> dict[str, Any]:
         "x": {"steps": int(number)},
         "m": {"minutes": number},
         "h": {"minutes": number * 60},
-        "b": {"batch": int(number), "tokens": None},
-        "t": {"tokens": int(number), "batch": None},
+        "b": {"batch": int(number), "tokens": None, "micro_batch": micro},
+        "t": {"tokens": int(number), "batch": None, "micro_batch": micro},
         "lr": {"lr": number},
         "w": {"warmup": int(number)},
         "c": {"clip": number or None},
@@ -233,6 +269,8 @@ def _fields(name: str, value: str) -> dict[str, Any]:
 
 def _unknown(word: str) -> str:
     """What is wrong with a word, and the word that was probably meant."""
+    if re.match(r"[bt]\d+/", word):
+        return f"not of the form '{word.partition('/')[0]}/16' or '{word.partition('/')[0]}/auto'"
     letters = "".join(re.findall(r"[A-Za-z]+", re.sub(r"(?<=\d)[eE](?=[-+\d])", "", word))).lower()
     name = letters if letters in _EXAMPLES else _MEANT.get(letters)
     if name is None:
@@ -275,7 +313,8 @@ def _format_stage(stage: Stage) -> str:
         words.append(f"x{stage.steps}")
     if stage.minutes is not None:
         words.append(f"{number_text(stage.minutes)}m")
-    words.append(f"t{stage.tokens}" if stage.batch is None else f"b{stage.batch}")
+    micro = "" if stage.micro_batch is None else f"/{stage.micro_batch}"
+    words.append((f"t{stage.tokens}" if stage.batch is None else f"b{stage.batch}") + micro)
     words.append(f"lr{number_text(stage.lr)}")
     words.append(f"w{stage.warmup}")
     words.append(f"c{number_text(stage.clip or 0)}")

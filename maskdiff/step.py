@@ -144,6 +144,32 @@ def accumulate(
     return loss.detach(), by_tenth
 
 
+def micro_step(
+    state: FlatState[UViT],
+    source: Source,
+    objective: Objective,
+    mask: Mask,
+    seed: Tensor,  # [1] int64
+    batch: int,
+    parts: int,
+) -> None:
+    """Takes the next `batch` samples as one of the equal `parts` of a step: adds their share to `state.sums`.
+
+    The sums are float32, whatever the parameters' dtype. The mean over equal parts is that over the whole batch.
+    """
+    loss, by_tenth = accumulate(state, source, objective, mask, seed, batch)
+    torch._foreach_add_(state.sums.gradients, state.gradients(), alpha=1 / parts)
+    state.sums.figures[: 1 + len(by_tenth)].add_(torch.cat([loss[None], by_tenth]), alpha=1 / parts)
+
+
+def update_step(state: FlatState[UViT], mask: Mask) -> StepResult:
+    """Ends a step whose micro-batches have all been taken: updates by `state.hyper`, and leaves zero sums."""
+    figures = state.sums.figures.clone()
+    norm, skipped = adamw_ema(state, state.sums.gradients)
+    state.sums.zero()
+    return StepResult(figures[0], norm, skipped, figures[1:] if len(mask.counts) > 1 else figures[:0])
+
+
 def device_step(
     state: FlatState[UViT],
     source: Source,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from torch import Tensor
 import maskdiff_kernels
 from maskdiff_kernels import Mask
 
-from . import capture, checkpoint, data, flops, loggers, masking, measure, precision, reading, sampling
+from . import capture, checkpoint, data, flops, loggers, masking, measure, memory, precision, reading, sampling
 from .config import Config, check_new_run, config_to_dict, load_config
 from .diffusion import Diffusion
 from .errors import UserError
 from .model import UViT
 from .optim import FlatState, Hyper, kernels
-from .pretrained import initial_weights
+from .pretrained import check_initial, initial_weights
 from .runlog import DeviceScalars, Logs, Progress
-from .stages import fit, learning_rate, tokens_of
+from .stages import fit, learning_rate, micro_batch, micro_batches, tokens_of
 from .step import Objective, Source, batch_loss, draw
 
 HELDOUT_SAMPLES = 512
@@ -44,6 +45,8 @@ class StagePlan:
     dense_ms: float
     speedup: float
     ideal: float
+    micro: int  # images at a time
+    asked: int | str | None  # the stage's micro_batch when that was fixed: another one on resume fixes it anew
 
     def retained(self, step_ms: float) -> float | None:
         """The share of the ideal speed-up over our own dense step that steps of such a length keep; None if dense."""
@@ -91,6 +94,8 @@ class _Training:
             precision.keep_freed_memory()
         if config.compile:
             precision.check_compiler(self.device)
+        if config.init is not None and not resume:
+            check_initial(config.init)
         packed = data.prepare(
             config.data.path,
             config.model.image_size,
@@ -110,6 +115,7 @@ class _Training:
         self.model.to(self.device)
         if config.compile:
             self.model.compile_blocks()
+        self.model.recompute = config.recompute
         self.state = FlatState(self.model, config.optim, self.dtype)
         diffusion = Diffusion(config.diffusion)
         self.diffusion = diffusion
@@ -132,6 +138,7 @@ class _Training:
         self.stage = self.stage_step = 0
         self.stopped_by: signal.Signals | None = None
         self.plans: dict[int, StagePlan] = {}
+        self.at_a_time = 64  # images that are looked at with the averaged weights
         self.packed_hash = packed.hash
         self.names = {"label_names": packed.label_names, "class_names": packed.class_names}
         if resume:
@@ -166,6 +173,7 @@ class _Training:
         if plans.exists():
             for key, plan in json.loads(plans.read_text()).items():
                 plan.pop("retained", None)  # follows from the rest
+                plan = {"micro": plan["batch"], "asked": None} | plan  # of a run from before there were micro-batches
                 self.plans[int(key)] = StagePlan(**plan | {"mask": Mask(**_tuples(plan["mask"]))})
         planned = {index: plan.steps for index, plan in self.plans.items()}
         self._take_up_stages()
@@ -242,8 +250,11 @@ class _Training:
         dense = Mask("dense", 0, (total,))
         times: dict[str, list[float]] = {"step": [], "dense": []}
         probe = self._steps(lambda _: None)  # of its own: what dense steps of this batch take is given back
-        for probed in dict.fromkeys((mask, dense)):  # not inside `kept`: a capture keeps the state by itself
-            probe.prepare(probed, batch)
+        micro = {mask: self._micro(probe, index)}
+        if mask.kind != "dense":
+            micro[dense] = self._dense_micro(probe, dense, index, micro[mask])
+        for probed in micro:  # not inside `kept`: a capture keeps the state by itself
+            probe.prepare(probed, batch, micro[probed])
         first = self.state.sample
         with self.state.kept():
             for turn in range(1 + max(1, self.config.probe_steps)):
@@ -252,7 +263,7 @@ class _Training:
                         continue
                     self.state.sample = first + turn * batch  # each goes on with what it has staged
                     start = measure.now(self.device)
-                    probe(probed, batch, Hyper(0.0, stage.clip))
+                    probe(probed, batch, Hyper(0.0, stage.clip), micro[probed])
                     if turn:  # the first pair warms caches and allocator
                         times[name].append(1e3 * (measure.now(self.device) - start))
         step_ms = statistics.median(times["step"])
@@ -266,10 +277,57 @@ class _Training:
             dense_ms=dense_ms,
             speedup=dense_ms / step_ms,
             ideal=flops.ideal(self.config.model, mask.counts),
+            micro=micro[mask],
+            asked=stage.micro_batch,
         )
+        return self._fixed(index, plan)
+
+    def _fixed(self, index: int, plan: StagePlan) -> StagePlan:
+        """Writes a plan down."""
         self.plans[index] = plan
         self._write_plans()
         return plan
+
+    def _planned(self, index: int) -> StagePlan:
+        plan, asked = self.plans.get(index), self.config.stages[index].micro_batch
+        if plan is None:
+            self.steps = self._steps(Progress.say)  # the memory of the stage's before is given back
+            return self._plan(index)
+        if plan.asked != asked:
+            micro = self._micro(self._steps(lambda _: None), index)
+            if micro != plan.micro and self.stage_step:
+                change = f"{plan.micro} images at a time were, {micro} are"
+                Progress.say(f"note: {change}: the run goes on, but not bit for bit the same")
+            plan = self._fixed(index, dataclasses.replace(plan, micro=micro, asked=asked))
+        return plan
+
+    def _micro(self, steps: capture.Steps, index: int) -> int:
+        """Images that a stage takes at a time, found by trying where it asks for that."""
+        stage, (batch, mask) = self.config.stages[index], self.fits[index]
+        micro = micro_batch(stage, batch, mask)
+        if micro is None:
+            micro = memory.fitting(steps, mask, batch, micro_batches(batch, mask))
+        if micro is None:
+            least = len(mask.counts)
+            raise UserError(memory.too_large(index, stage, batch, least, None, self.config.recompute, self.device))
+        return micro
+
+    def _dense_micro(self, steps: capture.Steps, dense: Mask, index: int, micro: int) -> int:
+        """Images at a time of the dense steps that a masked stage is compared with: a GPU may hold fewer of them."""
+        batch, asked = self.fits[index][0], self.config.stages[index].micro_batch
+        if self.device.type == "cpu" and asked != "auto":
+            return micro
+        sizes = [size for size in micro_batches(batch, dense) if size <= micro]
+        return memory.fitting(steps, dense, batch, sizes) or 1
+
+    def _out_of_memory(self) -> UserError:
+        """What to say where a step of the stage in hand did not fit: how many images at a time do."""
+        stage, (batch, mask), plan = self.config.stages[self.stage], self.fits[self.stage], self.plans.get(self.stage)
+        micro = plan.micro if plan else micro_batch(stage, batch, mask) or batch
+        self.steps = self._steps(lambda _: None)  # graphs keep their memory
+        sizes = [size for size in micro_batches(batch, mask) if size < micro]
+        fits = memory.fitting(self.steps, mask, batch, sizes) if sizes else None
+        return UserError(memory.too_large(self.stage, stage, batch, micro, fits, self.config.recompute, self.device))
 
     # ---- the loop
 
@@ -280,7 +338,8 @@ class _Training:
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
             while self.stage < len(self.config.stages) and not self._done():
-                self._run_stage(logs)
+                if not memory.suffices(partial(self._run_stage, logs), self.device):
+                    raise self._out_of_memory()
                 if self.stopped_by is None and not self._done():
                     self.stage, self.stage_step = self.stage + 1, 0
             self._save()
@@ -299,13 +358,15 @@ class _Training:
         stage = self.config.stages[self.stage]
         if stage.fresh and self.stage_step == 0:
             self.state.fresh()
-        plan = self.plans.get(self.stage) or self._plan(self.stage)
+        plan = self._planned(self.stage)
+        self.at_a_time = 64 if plan.micro == plan.batch else min(64, plan.micro)
         name = f"stage {self.stage + 1}/{len(self.config.stages)} {stage.mask}"
         total = self.source.store.patches.shape[1]
         fewest, most = min(plan.mask.counts), max(plan.mask.counts)
         visible = f"{fewest} to {most}" if len(plan.mask.counts) > 1 else f"{most}"
+        at_a_time = "" if plan.micro == plan.batch else f" ({plan.micro} at a time)"
         Progress.say(
-            f"{name}: {plan.steps} steps of {plan.batch} images, {visible} of {total} patches visible "
+            f"{name}: {plan.steps} steps of {plan.batch} images{at_a_time}, {visible} of {total} patches visible "
             f"({plan.effective_rate:.1%} masked), {plan.step_ms:.1f} ms a step{plan.speed(plan.step_ms)}"
         )
         model = self.config.model
@@ -318,11 +379,11 @@ class _Training:
         progress = Progress(plan.steps, self.stage_step, name)
         scalars = DeviceScalars(self.window)
         lrs: list[float] = []
-        self.steps.prepare(plan.mask, plan.batch)
+        self.steps.prepare(plan.mask, plan.batch, plan.micro)
         start = measure.now(self.device)
         while self.stage_step < plan.steps and not self._done():
             lr = learning_rate(stage, self.stage_step, plan.steps)
-            result = self.steps(plan.mask, plan.batch, Hyper(lr, stage.clip))
+            result = self.steps(plan.mask, plan.batch, Hyper(lr, stage.clip), plan.micro)
             scalars.add(result.loss, result.grad_norm, result.skipped, result.loss_by_tenth)
             lrs.append(lr)
             self.stage_step += 1
@@ -401,7 +462,7 @@ class _Training:
         mask = Mask("dense", 0, (total,))
         losses: list[Tensor] = []
         with torch.no_grad(), self.state.ema_weights() as model:
-            for n in torch.arange(HELDOUT_SAMPLES, device=self.device).split(64):
+            for n in torch.arange(HELDOUT_SAMPLES, device=self.device).split(self.at_a_time):
                 batch = draw(self.heldout, objective, mask, self.seed, n)
                 source = reading.staged(self.heldout, batch)
                 losses.append(batch_loss(model, source, objective, mask, batch, self.seed, self.dtype)[1])
@@ -426,6 +487,7 @@ class _Training:
                 eta=self.config.eta,
                 seed=self.config.seed,
                 sampler=self.config.sampler,
+                batch=self.at_a_time,
             )
         folder = self.path / "samples"
         folder.mkdir(exist_ok=True)

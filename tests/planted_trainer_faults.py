@@ -81,11 +81,16 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         CAPTURE,
         (
             ("with self.state.kept():", "if True:"),
-            ("key = mask, batch\n", "key = mask, 0\n"),
-            ("            self.state.made_step(batch)\n", ""),
+            ("key = mask, batch, micro\n", "key = mask, 0, micro\n"),
+            ("        self.state.made_step(batch)\n", ""),
+            ("range(first, first + batch, micro)", "range(first, first + 1, micro)"),
         ),
     ),
-    ("maskdiff/capture.py", trainer("reading"), (("                staging.settle()\n", "                pass\n"),)),
+    (
+        "maskdiff/capture.py",
+        trainer("reading"),
+        (("shape.staging.settle()", "pass"),),
+    ),
     (
         "maskdiff/reading.py",
         trainer("reading"),
@@ -108,8 +113,38 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     (
         "maskdiff/stages.py",
         trainer("stages"),
-        (("(step + 1) / stage.warmup", "step / stage.warmup"), ("            batch -= 1", "            break")),
+        (
+            ("(step + 1) / stage.warmup", "step / stage.warmup"),
+            ("            batch -= 1", "            break"),
+            (" if batch % size == 0]", "]"),
+        ),
     ),
+    (
+        "maskdiff/step.py",
+        trainer("micro_batches"),
+        (
+            ("state.gradients(), alpha=1 / parts)", "state.gradients(), alpha=1)"),
+            ("by_tenth]), alpha=1 / parts)", "by_tenth]))"),
+            ("    state.sums.zero()\n", ""),
+        ),
+    ),
+    (
+        "maskdiff/optim.py",
+        trainer("micro_batches"),
+        (('            if "sums" in vars(self):\n                self.sums.zero()\n', ""),),
+    ),
+    ("maskdiff/model.py", trainer("micro_batches"), (("if self.recompute and ", "if False and "),)),
+    (
+        "maskdiff/memory.py",
+        trainer("micro_batches"),
+        (
+            ("+ slope * (size - other[0])", "+ slope"),
+            ("for size in reversed(sizes):", "for size in sizes:"),
+            ("peak is None or peak > room", "peak is None"),
+        ),
+    ),
+    ("maskdiff/training.py", trainer("micro_batches"), (("if plan.asked != asked:", "if False:"),)),
+    ("maskdiff/presets.py", trainer("presets"), (("lr1e-5 w5000", "lr1e-4 w5000"),)),
     (
         "maskdiff/flops.py",
         trainer("flops"),

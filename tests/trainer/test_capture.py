@@ -6,14 +6,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from small_step import BATCH, SEED, mask_of, setup
+from small_step import BATCH, MODEL, SEED, mask_of, setup
 from watching import NoReading, NoWaiting, Recorder
 
-from maskdiff import capture, step
+from maskdiff import capture, masking, step
 from maskdiff.capture import Captured, Steps
 from maskdiff.optim import Hyper
 from maskdiff.reading import Staging
-from maskdiff.step import accumulate, device_step, train_step
+from maskdiff.step import accumulate, device_step, train_step, update_step
 from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops.adamw_ema import op as adamw_op
 from maskdiff_kernels.ops.attention import op as attention_op
@@ -243,6 +243,25 @@ def test_a_recorded_step_replays_as_eager_steps(mask, backend, dtype, monkeypatc
     assert recorder.replay(results)[0] == device_step(eager, source, objective, mask, seed, BATCH).loss
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mask", ["dense", "patch:0.1-0.9"])
+def test_recomputed_blocks_wait_for_nothing_and_replay_as_kept_ones(mask, dtype):
+    state, source, objective = setup(dtype=dtype)
+    eager = setup(dtype=dtype)[0]
+    state.model.recompute = True
+    recorder, results = recorded(state, source, objective, mask_of(mask), SEED)
+    for turn, hyper in enumerate(HYPERS):
+        expected = train_step(eager, source, objective, mask_of(mask), SEED, BATCH, hyper)
+        if turn % 2:
+            with NoWaiting(), NoReading():
+                train_step(state, source, objective, mask_of(mask), SEED, BATCH, hyper)
+        else:
+            state.tell(hyper)
+            assert torch.equal(recorder.replay(results)[0], expected.loss)
+            state.made_step(BATCH)
+        same(state, eager)
+
+
 def test_a_number_that_is_baked_in_is_noticed():
     state, source, objective = setup()
     recorder = Recorder()
@@ -270,14 +289,18 @@ class Pretended(Captured):
         for _ in range(3):
             self.result = call()
         self.call, self.replays = call, 0
-        for value in vars(self.result).values():
+        for value in self.figures(self.result):
             value.fill_(torch.nan)
         self.made.append(self)
 
+    def figures(self, result):
+        return [] if result is None else vars(result).values()  # a micro-batch's go to the state's sums
+
     def __call__(self):
         self.replays += 1
-        for name, value in vars(self.call()).items():
-            getattr(self.result, name).copy_(value)
+        for kept, value in zip(self.figures(self.result), self.figures(self.call()), strict=True):
+            kept.copy_(value)
+        return self.result
 
 
 class Refused(Captured):
@@ -288,7 +311,8 @@ class Refused(Captured):
         state = call.args[0]
         state.tell(Hyper(1.0, None))
         call()
-        accumulate(*call.args)
+        if call.func is not update_step:
+            accumulate(*call.args[:6])
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nSearch for more")
 
 
@@ -330,6 +354,21 @@ def test_captured_steps_are_eager_steps_and_stages_share_graphs(graphs, ahead):
     assert [graph.replays for graph in graphs] == [3, 2, 2, 1]
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+def test_micro_batches_and_updates_are_captured_apart(graphs, ahead):
+    steps, eager = steps_of(ahead=ahead), steps_of(captures=False)
+    for turn, text in enumerate(SEQUENCE):
+        mask, hyper = masking.resolve(masking.parse_mask(text), MODEL.grid, 2), HYPERS[turn % len(HYPERS)]
+        got, expected = steps(mask, BATCH, hyper, 2), eager(mask, BATCH, hyper, 2)
+        assert torch.equal(got.loss, expected.loss) and torch.equal(got.grad_norm, expected.grad_norm)
+        assert torch.equal(got.loss_by_tenth.nan_to_num(), expected.loss_by_tenth.nan_to_num())
+        same(steps.state, eager.state)
+        assert not any(total.any() for total in steps.state.sums.gradients)  # nothing is left for the next step
+    assert [graph.replays for graph in graphs] == [12, 3, 8, 2, 8, 2, 4, 1]  # four micro-batches, one update
+    steps(mask, 4, hyper, 2)
+    assert len(graphs) == 10  # of another batch each is another part
+
+
 def test_preparing_counts_as_no_step(graphs):
     steps = steps_of()
     before = {name: tensor.clone() for name, tensor in steps.state.tensors().items()}
@@ -341,14 +380,19 @@ def test_preparing_counts_as_no_step(graphs):
     assert len(graphs) == 2  # another batch, another shape
 
 
-def test_a_capture_that_fails_says_why_and_loses_nothing(monkeypatch):
+@pytest.mark.parametrize("micro", [None, 4])
+def test_a_capture_that_fails_says_why_and_loses_nothing(monkeypatch, micro):
     said = []
     monkeypatch.setattr(capture, "Captured", Refused)
     steps, eager = steps_of(say=said.append), steps_of(captures=False)
-    for turn, mask in enumerate(SEQUENCE):
-        steps(mask_of(mask), BATCH, HYPERS[turn % len(HYPERS)])
-        eager(mask_of(mask), BATCH, HYPERS[turn % len(HYPERS)])
+    for turn, text in enumerate(SEQUENCE):
+        mask = masking.resolve(masking.parse_mask(text), MODEL.grid, micro or BATCH)
+        steps(mask, BATCH, HYPERS[turn % len(HYPERS)], micro)
+        eager(mask, BATCH, HYPERS[turn % len(HYPERS)], micro)
         same(steps.state, eager.state)
+    if micro:
+        assert len(said) == 8 and said[1].startswith("note: updates after steps of 4 images with up to 8 patches run")
+        return
     assert len(said) == 4 and all(
         "\n" not in line and "not permitted when stream is capturing" in line for line in said
     )

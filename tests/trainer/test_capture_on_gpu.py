@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from small_step import BATCH, mask_of, setup
+from small_step import BATCH, MODEL, mask_of, setup
 
-from maskdiff import reading
-from maskdiff.capture import Steps
+from maskdiff import masking, reading
+from maskdiff.capture import Captured, Steps
+from maskdiff.memory import fitting
 from maskdiff.optim import Hyper
 from maskdiff.step import batch_loss, draw, train_step
 
@@ -76,12 +77,40 @@ def test_captured_steps_are_eager_steps(kernels, exact, dtype, on_host):
         assert torch.equal(heldout(steps), heldout(eager))
         assert other(mask_of(mask), BATCH, hyper).loss != got.loss
         same(steps.state, eager.state)
-    assert said == [] and all(steps.prepare(mask_of(mask), BATCH)[1] is not None for mask in MASKS)
+    assert said == [] and all(isinstance(steps.prepare(mask_of(mask), BATCH).part, Captured) for mask in MASKS)
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["resident", "staged"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_captured_micro_batches_are_eager_ones(kernels, exact, on_host, recompute):
+    said: list[str] = []
+    steps, eager = steps_on(said, on_host=on_host, dtype=torch.bfloat16), steps_on(dtype=torch.bfloat16)
+    eager.captures, steps.state.model.recompute = False, recompute
+    for turn, text in enumerate([*MASKS, *MASKS]):
+        mask, hyper = masking.resolve(masking.parse_mask(text), MODEL.grid, 4), HYPERS[turn % len(HYPERS)]
+        got, expected = steps(mask, BATCH, hyper, 4), eager(mask, BATCH, hyper, 4)
+        assert torch.equal(got.loss, expected.loss) and torch.equal(got.grad_norm, expected.grad_norm)
+        assert torch.equal(got.loss_by_tenth.nan_to_num(), expected.loss_by_tenth.nan_to_num())
+        same(steps.state, eager.state)
+    assert said == []
+
+
+def test_what_fits_is_found_by_trying(kernels, monkeypatch):
+    steps = steps_on([])
+    forward, image = steps.state.model.forward, torch.cuda.mem_get_info(CUDA)[0] // 5
+
+    def large(x, timestep, *rest):
+        held = torch.empty(len(timestep) * image, dtype=torch.uint8, device=CUDA)
+        return forward(x, timestep, *rest) + 0 * held[0]
+
+    monkeypatch.setattr(steps.state.model, "forward", large)
+    assert fitting(steps, mask_of("dense"), BATCH, [1, 2, 4, 8]) == 4
+    assert steps.state.step == 0
 
 
 def test_stages_of_a_shape_share_a_graph_and_all_share_memory(kernels):
     steps = steps_on()
-    graphs = [steps.prepare(mask_of(mask), BATCH)[1] for mask in (*MASKS, *MASKS)]
+    graphs = [steps.prepare(mask_of(mask), BATCH).part for mask in (*MASKS, *MASKS)]
     assert graphs[: len(MASKS)] == graphs[len(MASKS) :] and len(set(graphs)) == len(MASKS)
     assert len({graph.graph.pool() for graph in graphs}) == 1
 
@@ -118,7 +147,7 @@ def test_a_step_that_reads_back_runs_without_a_graph(kernels, exact, monkeypatch
     same(steps.state, eager.state)
     assert len(said) == 1 and "run without a CUDA graph: " in said[0] and "\n" not in said[0]
     monkeypatch.undo()
-    assert steps.prepare(mask_of("dense"), BATCH)[1] is not None  # another shape is captured all the same
+    assert isinstance(steps.prepare(mask_of("dense"), BATCH).part, Captured)  # another shape is captured all the same
 
 
 def test_images_that_take_too_much_of_the_device_stay_with_the_host(monkeypatch):

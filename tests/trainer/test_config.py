@@ -227,7 +227,7 @@ OTHER = {
     "preset": "digits", "out": "o", "seed": 1, "max_steps": 9, "precision": "fp32", "device": "cpu", "capture": "off",
     "compile": True, "init": "i", "init_weights": "ema", "checkpoint_every": 2, "keep_checkpoints": 3,
     "heldout_every": 4, "sample_every": 5, "sample_count": 6, "sample_steps": 7, "guidance": 8.5, "probe_steps": 9,
-    "sampler": "heun", "eta": 0.5, "log": ["wandb"], "log_every": 3,
+    "recompute": True, "sampler": "heun", "eta": 0.5, "log": ["wandb"], "log_every": 3,
     "data": {"path": "p", "labels": True, "label_dropout": 0.5, "flip": 0.5, "background": "red",
              "crop": "c", "subset": "9", "heldout": 0.5, "reading": "mapped"},
     "model": {
@@ -243,8 +243,8 @@ OTHER = {
     },
     "stages": [
         {
-            "mask": "patch:0.5", "steps": 3, "minutes": 4.0, "batch": 5, "tokens": 6, "lr": 7.0, "warmup": 8,
-            "clip": 9.0, "decay": "cosine", "cool": 0.5, "fresh": True,
+            "mask": "patch:0.5", "steps": 3, "minutes": 4.0, "batch": 5, "tokens": 6, "micro_batch": 2,
+            "lr": 7.0, "warmup": 8, "clip": 9.0, "decay": "cosine", "cool": 0.5, "fresh": True,
         }
     ],
 }  # fmt: skip
@@ -375,6 +375,28 @@ def test_no_stages():
         validate(Config())
 
 
+# ---- micro-batches
+
+
+def test_micro_batches_are_one_option_for_all_stages_or_a_stage_own():
+    argv = ["--stages", "patch:0.5 x5 b64/16, dense x5 b8"]
+    assert [stage.micro_batch for stage in resolve(argv).stages] == [16, None]
+    for words, expected in (
+        (["--micro-batch", "4"], [4, 4]), (["--micro-batch", "auto"], ["auto", "auto"]),
+        (["--batch", "auto"], ["auto", "auto"]), (["--micro-batch", "none"], [None, None]),
+        (["--micro-batch", "4", "--stages.1.micro-batch", "auto"], [4, "auto"]),
+    ):  # fmt: skip
+        assert [stage.micro_batch for stage in resolve(argv + words).stages] == expected
+        assert [stage.batch for stage in resolve(argv + words).stages] == [64, 8]
+    assert "takes a whole number or auto or none" in error_of(["--micro-batch", "some"])
+    assert "--batch takes auto, " in error_of(["--batch", "64"]) and "--stages.1.batch" in error_of(["--batch", "64"])
+    assert "stages.0.micro_batch is 0; give 1 or more, auto, or none" in error_of(["--micro-batch", "0"])
+    message = error_of(["--stages", "patch:0.5-0.9 x5 b64/8"])
+    assert "over every 16 images" in message and message.endswith("8 at a time are too few, give 16 or more")
+    message = error_of(["--stages", "patch:0.5-0.9 x5 b62/8"])
+    assert message.endswith("give 31 or more, or a batch that 16 divides")
+
+
 # ---- run folders and resume
 
 
@@ -409,8 +431,9 @@ def test_resume_may_repeat_what_is_the_same_and_change_what_is_free(run):
     assert parse(["--resume", "run", *same]).config == replace(run, out="run")
     command = parse(
         ["--resume", "run", "--max-steps", "20", "--device", "cpu", "--checkpoint-every", "7", "--data", "x"]
-        + ["--capture", "off", "--compile"]
+        + ["--capture", "off", "--compile", "--recompute", "--micro-batch", "8"]
     )
+    assert command.config.recompute and [stage.micro_batch for stage in command.config.stages] == [8, 8]
     assert command.config.capture == "off" and command.config.compile
     assert (command.config.max_steps, command.config.checkpoint_every) == (20, 7)
     assert command.config.data.path == "x"
@@ -461,7 +484,7 @@ def test_help_names_every_preset_and_only_options_that_exist():
     samples = {
         "preset": "digits", "data": "x", "out": "x", "resume": "run", "config": "c.json", "init": "x",
         "stages": "dense x5", "mask.rate": "0.5", "mask.kind": "patch", "max-steps": "5",
-        "seed": "5", "precision": "fp32", "device": "cpu",
+        "seed": "5", "precision": "fp32", "device": "cpu", "micro-batch": "4",
     }  # fmt: skip
     for key, value in samples.items():
         assert f"--{key} " in text

@@ -115,14 +115,14 @@ def fetched(monkeypatch):
 def test_another_thread_is_two_steps_ahead(fetched, monkeypatch):
     """It begins anew only where a shape begins, and leaves this thread its cores."""
     steps, inside = steps_of(ahead=True), []
-    step = capture.train_step
+    step = capture.device_step
 
     def watched(*arguments):
         staging = steps.prepare(arguments[3], BATCH)[0]
         inside.append([first for first, _ in staging.coming])
         return step(*arguments)
 
-    monkeypatch.setattr(capture, "train_step", watched)
+    monkeypatch.setattr(capture, "device_step", watched)
     before = torch.get_num_threads()
     for mask in ("dense", "dense", "patch:0.5"):
         steps(mask_of(mask), BATCH, HYPER)
@@ -144,7 +144,7 @@ def test_no_thread_is_at_work_while_a_graph_is_captured(fetched, monkeypatch):
     steps.captures = True
 
     def refused(*_):
-        idle.append(all(future.done() for staging, _ in steps._shapes.values() for _, future in staging.coming))
+        idle.append(all(future.done() for shape in steps._shapes.values() for _, future in shape.staging.coming))
         raise RuntimeError("no GPU")
 
     monkeypatch.setattr(capture, "Captured", refused)

@@ -7,7 +7,17 @@ import pytest
 
 from maskdiff.errors import UserError
 from maskdiff.masking import group_size
-from maskdiff.stages import Stage, fit, format_stages, learning_rate, parse_stages, templates, tokens_of
+from maskdiff.stages import (
+    Stage,
+    fit,
+    format_stages,
+    learning_rate,
+    micro_batch,
+    micro_batches,
+    parse_stages,
+    templates,
+    tokens_of,
+)
 from maskdiff_kernels import Mask
 
 
@@ -20,6 +30,11 @@ def test_the_grammar():
     )
     assert parse_stages("crop5 fresh cosine c1.0 t8192 1.5h") == (
         Stage("crop5", minutes=90.0, batch=None, tokens=8192, clip=1.0, decay="cosine", fresh=True),
+    )
+    assert parse_stages("dense x5 b64/16, dense x5 t99/auto, dense x5 bauto") == (
+        Stage("dense", steps=5, batch=64, micro_batch=16),
+        Stage("dense", steps=5, batch=None, tokens=99, micro_batch="auto"),
+        Stage("dense", steps=5, micro_batch="auto"),
     )
     assert parse_stages("dense .5m cool0.3 c0") == (Stage("dense", minutes=0.5, cool=0.3),)
 
@@ -42,6 +57,11 @@ def test_what_is_left_out_comes_from_the_templates():
     assert parse_stages("dense x1 c0", masked, masked)[0].clip is None
     assert parse_stages("dense x1 t99", masked, masked)[0].batch is None
     assert parse_stages("dense x1 b9", masked, replace(masked, batch=None, tokens=99))[0].tokens is None
+    parts = replace(masked, micro_batch="auto")
+    assert parse_stages("dense x1 lr1, dense x1 b9", masked, parts) == (
+        replace(parts, mask="dense", steps=1, lr=1.0, fresh=False),
+        replace(masked, mask="dense", steps=1, batch=9, fresh=False),
+    )
     assert templates((masked,)) == (masked, masked) and templates((dense,)) == (dense, dense)
     assert templates(()) == (Stage(), Stage())
 
@@ -52,7 +72,8 @@ def test_what_is_left_out_comes_from_the_templates():
         Stage("patch:0.75", steps=1),
         Stage("dense", minutes=1 / 3, batch=None, tokens=99, lr=1 / 3, warmup=7, clip=0.1, decay="cosine", fresh=True),
         Stage("crop5", steps=10**9, lr=1e-9, cool=0.3),
-        Stage("block4:0.5-0.9", minutes=90.0, lr=5.0, clip=1e-3),
+        Stage("block4:0.5-0.9", minutes=90.0, lr=5.0, clip=1e-3, micro_batch=16),
+        Stage("dense", steps=5, batch=None, tokens=99, micro_batch="auto"),
     ],
 )
 def test_round_trip(stage):
@@ -84,6 +105,9 @@ def test_round_trip(stage):
         ("dense x5 b", ["'b'", "not of the form 'b64'"]),
         ("dense x5.5", ["'x5.5'", "not of the form 'x5000'"]),
         ("dense x5 b-4", ["'b-4'", "not of the form 'b64'"]),
+        ("dense x5 b64/x", ["not of the form 'b64/16' or 'b64/auto'"]),
+        ("dense x5 t99/0", ["takes more than 0 at a time, such as 't99/16'"]),
+        ("dense x5 b64/16 bauto", ["batch again, after 'b64/16'"]),
         ("dense x5 lr", ["not of the form 'lr2e-4'"]),
         ("dense x0", ["'x0' (character 7)", "more than 0"]),
         ("dense x5 b0", ["more than 0"]),
@@ -137,6 +161,15 @@ def test_a_range_takes_whole_groups_and_keeps_to_its_token_budget(mask):
 def test_a_range_takes_more_than_one_image(size):
     with pytest.raises(UserError, match="spread over the images .* give b16 or more, or one rate such as patch:0.7$"):
         fit(Stage("patch:0.5-0.9", **size), GRID, 1)
+
+
+def test_micro_batches_are_equal_parts_of_whole_groups():
+    dense, ranged = fit(Stage(batch=60), GRID, 1), fit(Stage("patch:0.5-0.9", batch=64), GRID, 1)
+    assert micro_batches(*dense) == [1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60]
+    assert micro_batches(*ranged) == [16, 32, 64]
+    asked = {None: 60, "auto": None, 1: 1, 16: 15, 59: 30, 61: 60}
+    assert {words: micro_batch(Stage(micro_batch=words), *dense) for words in asked} == asked
+    assert micro_batch(Stage(micro_batch=63), *ranged) == 32
 
 
 def test_learning_rate():

@@ -10,7 +10,7 @@ from small_step import BATCH, MODEL, SEED, setup
 from maskdiff import masking
 from maskdiff.baselines import PlainUViT
 from maskdiff.optim import Hyper
-from maskdiff.step import batch_loss, draw, loss_by_tenth, train_step
+from maskdiff.step import batch_loss, draw, loss_by_tenth, micro_step, train_step
 from maskdiff_kernels.ops.denoising_loss import reference as loss_reference
 from maskdiff_kernels.ops.noisy_patches import reference as noisy_reference
 from maskdiff_kernels.ops.samples import Samples, flatten
@@ -77,6 +77,29 @@ def check_steps(mask, target, min_snr, dtype):
         before = state.sample
         train_step(state, source, objective, mask, SEED, BATCH, Hyper(1e-2, 1.0))
         assert state.sample == before + BATCH  # the next step sees new samples
+    check(found, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mask", ["dense", "patch:0.1-0.9"])
+def test_the_sum_over_micro_batches_obeys_the_fp64_rule(mask, dtype):
+    """As the gradient of the whole batch, which it is."""
+    state, source, objective = setup(dtype=dtype)
+    mask, sums = masking.resolve(masking.parse_mask(mask), MODEL.grid, 2), state.sums  # a range in groups of two
+    found = []
+    for first in range(0, 4 * BATCH, BATCH):
+        for _ in range(4):
+            micro_step(state, source, objective, mask, SEED, 2, 4)
+        assert int(state.next_sample) == first + BATCH and all(g.dtype == torch.float32 for g in sums.gradients)
+        batch = draw(source, objective, mask, SEED, torch.arange(first, first + BATCH))
+        added = {segment.name: g.clone() for segment, g in zip(state.segments, sums.gradients, strict=True)}
+        found.append(((sums.figures[0].clone(), added), *three_ways(state, source, objective, mask, batch)[1:]))
+        with torch.no_grad():
+            per_sample = batch_loss(state.model, source, objective, mask, batch, SEED, state.dtype)[1]
+        if batch.cu_patches is not None:
+            expected = loss_by_tenth(per_sample, batch.cu_patches, MODEL.patches)
+            torch.testing.assert_close(sums.figures[1:], expected, rtol=1e-2, atol=0, equal_nan=True)
+        sums.zero()
     check(found, dtype)
 
 

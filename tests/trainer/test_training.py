@@ -213,14 +213,14 @@ def test_other_images_are_an_error_on_resume(tmp_path):
 
 
 def test_lasting_nonfinite_gradients_stop_the_run(tmp_path, monkeypatch):
-    real = capture.train_step
+    real = capture.device_step
 
     def poisoned(state, *rest):
         if state.step >= 4:
             state.model.head.weight.data.fill_(float("nan"))
         return real(state, *rest)
 
-    monkeypatch.setattr(capture, "train_step", poisoned)
+    monkeypatch.setattr(capture, "device_step", poisoned)
     monkeypatch.setattr(training, "MAX_SKIPS", 3)
     with pytest.raises(UserError, match="3 steps in a row .* the last checkpoint is"):
         training.run(tiny(tmp_path / "run"))

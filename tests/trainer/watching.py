@@ -1,5 +1,6 @@
 """Modes that watch what PyTorch is asked to do: for reads by the host, for copies to a device, to do it all again."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -53,6 +54,30 @@ class NoReading(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         assert func not in METHODS, f"{func.__name__} makes the host wait"
         return func(*args, **(kwargs or {}))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of the tensors that ops make, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for made in tree_flatten(result)[0]:
+            if isinstance(made, Tensor) and (key := made.untyped_storage()._cdata) not in self._seen:
+                storage = made.untyped_storage()
+                self._seen.add(key)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.bytes -= size
 
 
 class Recorder(TorchDispatchMode):
