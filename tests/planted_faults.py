@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from planted_trainer_faults import CAPTURE, TRAINER
+from planted_trainer_faults import CAPTURE, TRAINER, trainer
 
 ATTENTION = ("tests/ops/test_attention.py", "-k", "float64 or log_sum or scale or ragged or pairs")
 TRITON, IMAGES = (("tests/ops/test_" + op + "_triton.py", "-k", "interpreter") for op in ("attention", "images"))
