@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MASKDIFF_ABI 8
+#define MASKDIFF_ABI 9
 
 #if defined(__GNUC__)
 #define MASKDIFF_API __attribute__((visibility("default")))
@@ -134,13 +134,38 @@ typedef struct {
   double ema2_gamma;
 } maskdiff_adamw_numbers;
 
+// What layer_norm reads. Strides are in elements.
+typedef struct {
+  const void* x;        // [rows, width] of `dtype`
+  const float* weight;  // [width]
+  const float* bias;    // [width]
+  const void* shift;    // [width] of `dtype`, or NULL
+  int64_t rows;
+  int64_t width;
+  int64_t stride;       // of the rows of x
+  int64_t dtype;        // maskdiff_dtype
+} maskdiff_layer_norm_input;
+
+// What its gradient reads and writes besides.
+typedef struct {
+  const float* statistics;   // [2, rows] as the forward pass made them
+  const void* grad_out;      // [rows, width] of `dtype`
+  const void* grad_sum;      // [rows, width] of `dtype`; read where grad_shift is given
+  void* grad_x;              // out [rows, width] of `dtype`
+  float* grad_weight;        // out [width]
+  float* grad_bias;          // out [width]
+  void* grad_shift;          // out [width] of `dtype`, or NULL
+  int64_t grad_out_stride;   // of rows
+  int64_t grad_sum_stride;
+} maskdiff_layer_norm_gradients;
+
 // ---- the CPU library. `threads` is the number of OpenMP threads to use; results do not depend on it ----
 
 MASKDIFF_API const char* maskdiff_source_version(void);  // of the sources this library was built from
 MASKDIFF_API int maskdiff_abi(void);                      // MASKDIFF_ABI
 
 // Instruction sets: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16. Every set gives the same bits, in
-// attention and gelu the same to rounding.
+// attention, gelu and layer_norm the same to rounding.
 MASKDIFF_API int maskdiff_cpu_best_level(void);  // the highest that this processor and this library have
 MASKDIFF_API int maskdiff_cpu_level(void);       // the one in use; the best until set
 MASKDIFF_API int maskdiff_cpu_set_level(int level);  // BAD_OPTION above the best. Not while another call runs
@@ -192,6 +217,19 @@ MASKDIFF_API int maskdiff_cpu_gelu(const void* x, int64_t elements, int dtype, v
 // x, grad_out: dense, like it; sums [columns] or NULL. Errors: NO_MEMORY, BAD_OPTION.
 MASKDIFF_API int maskdiff_cpu_gelu_backward(const void* x, const void* grad_out, int64_t rows, int64_t columns,
                                             int dtype, void* grad_x, float* sums, int threads);
+
+// out [rows, width] of `dtype`: rows of mean 0 and variance 1, times weight, plus bias.
+//   eps: added to the variance
+//   sum [rows, width] of `dtype`, or NULL: x + shift
+//   statistics [2, rows], or NULL: the mean of each row, then 1 / sqrt(variance + eps)
+// Errors: BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_layer_norm(const maskdiff_layer_norm_input* input, float eps, void* out, void* sum,
+                                         float* statistics, int threads);
+
+// All gradients in one pass: of x from both outputs, of weight and bias, of shift from the sum. The input's bias and shift
+// are not read. Errors: NO_MEMORY, BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_layer_norm_backward(const maskdiff_layer_norm_input* input,
+                                                  const maskdiff_layer_norm_gradients* gradients, int threads);
 
 // Clips the gradients to the bound, updates the masters by AdamW, then the averages and the low-precision copy; counts.
 // norm [1]: of all gradients, before clipping. Where it is not finite (a sum of squares beyond the floats is not)

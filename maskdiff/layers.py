@@ -17,18 +17,29 @@ _gelu, _gelu_backward = torch.ops.maskdiff.gelu.default, torch.ops.maskdiff.gelu
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """LayerNorm with fp32 statistics and weights; the result has the dtype of x, which may be bf16."""
-    if x.dtype == norm.weight.dtype or x.device.type == "cpu":  # only the CPU kernel takes bf16 with fp32 weights
+    if norm.weight.dtype != torch.float32:  # of a model cast as a whole
         return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return F.layer_norm(x.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
+    return maskdiff_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def residual_linear(
+def branch(
     x: Tensor,  # [M, D] the residual stream
+    norm: nn.LayerNorm,
+    last: nn.Linear,  # E to D, with a bias
+) -> tuple[Tensor, Tensor]:  # [M, D] each
+    """Starts a residual branch that ends in a product: norm(x), and the sum x + last.bias for `join`."""
+    if norm.weight.dtype != torch.float32:
+        return layer_norm(x, norm), x + last.bias
+    return maskdiff_kernels.layer_norm(x, norm.weight, norm.bias, norm.eps, shift=last.bias)
+
+
+def join(
+    stream: Tensor,  # [M, D] that `branch` gave, which is written to
     a: Tensor,  # [M, E] the branch's last activation
-    linear: nn.Linear,
+    last: nn.Linear,
 ) -> Tensor:  # [M, D]
-    """x + linear(a). The product adds itself onto x + bias: one pass over [M, D] less than adding its result."""
-    return (x + linear.bias).addmm_(a, linear.weight.t())
+    """x + last(a). The product adds itself onto x + bias: one pass over [M, D] less than adding its result."""
+    return stream.addmm_(a, last.weight.t())
 
 
 def linear_gelu(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import UserError
-from .layers import attention, layer_norm, linear_gelu, residual_linear, sincos_table, timestep_embedding
+from .layers import attention, branch, join, layer_norm, linear_gelu, sincos_table, timestep_embedding
 from .ragged import Packing
 
 
@@ -144,10 +144,12 @@ class Block(nn.Module):
     ) -> Tensor:  # [T, D]
         if self.skip is not None and skip is not None:
             x = self.skip(torch.cat([x, skip], dim=1))
-        qkv = self.qkv(layer_norm(x, self.norm1))
+        normed, stream = branch(x, self.norm1, self.proj)
+        qkv = self.qkv(normed)
         mixed = attention(qkv.view(*lengths, 3, self.heads, x.shape[1] // self.heads), cu_seqlens, max_seqlen)
-        x = residual_linear(x, mixed.view_as(x), self.proj)
-        return residual_linear(x, linear_gelu(layer_norm(x, self.norm2), self.fc1), self.fc2)
+        x = join(stream, mixed.view_as(x), self.proj)
+        normed, stream = branch(x, self.norm2, self.fc2)
+        return join(stream, linear_gelu(normed, self.fc1), self.fc2)
 
 
 class UViT(nn.Module):

@@ -9,6 +9,7 @@ TRITON, IMAGES = (("tests/ops/test_" + op + "_triton.py", "-k", "interpreter") f
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
 AVERAGES = ("tests/ops/test_adamw_ema.py", "tests/ops/test_adamw_averages.py", "-k", "power or averages")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
+NORM = ("tests/ops/test_layer_norm.py", "-k", "not compile and not opcheck")
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
 PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
 
@@ -74,7 +75,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("- 0x1p-126f, y * t}", ", y * t}"),
             ("0.39894228f * n.a - n.tail", "0.39894228f * n.a + n.tail"),
-            ("Integers(x) >> 31;", "Integers(x) >> 30;"),
+            (" & ~negative)", ")"),
             ("part < parts; part++) sum +=", "part + 1 < parts; part++) sum +="),
             ("row = rows * part / parts;", "row = rows * part / parts + (part > 0);"),
             (
@@ -122,6 +123,27 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("return all % 16 == 0;", "return all % 8 == 0;"),
         ),
     ),
+    (
+        "csrc/cpu/layer_norm.cpp",
+        NORM,
+        (
+            (
+                "totals[stream] += part.keep(part.template load<Of>(x + i) - first);",
+                "totals[stream] += part.template load<Of>(x + i) - first;",
+            ),
+            ("const Vector mean = first + splat", "const Vector mean = splat"),
+            ("      gradient += beside;\n", ""),
+            ("(normal * slope + constant)", "normal * slope"),
+            ("kind ? g->grad_bias : g->grad_weight", "kind ? g->grad_weight : g->grad_bias"),
+        ),
+    ),
+    (
+        "kernels/ops/layer_norm/op.py",
+        NORM,
+        (("x.dtype == torch.float32 and x.numel() < FEW", "x.numel() < FEW"),),
+    ),
+    ("kernels/ops/layer_norm/cpp.py", NORM, (("x.stride(1) == 1:", "x.stride(0) > 0:"),)),
+    ("csrc/cpu/numbers.h", NORM, (("lanes() < count", "lanes() <= count"),)),
     (
         "kernels/ops/adamw_ema/fused.py",
         ADAMW,

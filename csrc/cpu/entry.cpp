@@ -91,4 +91,14 @@ int maskdiff_cpu_gelu_backward(const void* x, const void* grad_out, int64_t rows
   DISPATCH(gelu_backward(x, grad_out, rows, columns, dtype, grad_x, sums, threads))
 }
 
+int maskdiff_cpu_layer_norm(const maskdiff_layer_norm_input* input, float eps, void* out, void* sum, float* statistics,
+                            int threads) {
+  DISPATCH(layer_norm(input, eps, out, sum, statistics, threads))
+}
+
+int maskdiff_cpu_layer_norm_backward(const maskdiff_layer_norm_input* input,
+                                     const maskdiff_layer_norm_gradients* gradients, int threads) {
+  DISPATCH(layer_norm_backward(input, gradients, threads))
+}
+
 }  // extern "C"

@@ -2,10 +2,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "common/floats.h"
+#include "cpu/numbers.h"
 #include "cpu/ops.h"
 #include "cpu/threads.h"
-#include "cpu/vector.h"
 
 namespace maskdiff {
 namespace ISA {
@@ -14,39 +13,6 @@ namespace {
 constexpr int64_t PIECE = 8192;  // elements that a thread takes at a time
 constexpr int64_t ROWS = 64;     // at most so many are summed one after another, whatever the number of threads
 constexpr int GROUP = 4;         // vectors side by side: one alone would wait for each of its own results
-
-// A dtype's numbers in memory, WIDTH of them at a time.
-template <int DTYPE>
-struct Numbers {
-  typedef uint16_t Number;
-  static MASKDIFF_INLINE Vector load(const Number* from) {
-    if (DTYPE == MASKDIFF_BFLOAT16) return of_bfloat16(*(const LooseHalves*)from);
-    alignas(64) float x[WIDTH];
-#pragma omp simd
-    for (int i = 0; i < WIDTH; i++) x[i] = from_float16(from[i]);
-    return maskdiff::ISA::load(x);
-  }
-  static MASKDIFF_INLINE void store(Number* to, Vector y) {
-    if (DTYPE == MASKDIFF_BFLOAT16) {
-      *(LooseHalves*)to = bfloat16_halves(y);
-      return;
-    }
-    alignas(64) float x[WIDTH];
-    maskdiff::ISA::store(x, y);
-#pragma omp simd
-    for (int i = 0; i < WIDTH; i++) to[i] = to_float16(x[i]);
-  }
-};
-
-template <>
-struct Numbers<MASKDIFF_FLOAT32> {
-  typedef float Number;
-  static MASKDIFF_INLINE Vector load(const Number* from) { return *(const LooseVector*)from; }
-  static MASKDIFF_INLINE void store(Number* to, Vector y) { *(LooseVector*)to = y; }
-};
-
-template <int DTYPE>
-using NumberOf = typename Numbers<DTYPE>::Number;
 
 // The normal distribution at a = |x|: its density is 0.39894228 exponential, what lies beyond a is exponential * tail.
 struct Normal {

@@ -16,6 +16,10 @@
   int gelu(const void* x, int64_t elements, int dtype, void* out, int threads);                                        \
   int gelu_backward(const void* x, const void* grad_out, int64_t rows, int64_t columns, int dtype, void* grad_x,       \
                     float* sums, int threads);                                                                         \
+  int layer_norm(const maskdiff_layer_norm_input* input, float eps, void* out, void* sum, float* statistics,           \
+                 int threads);                                                                                         \
+  int layer_norm_backward(const maskdiff_layer_norm_input* input, const maskdiff_layer_norm_gradients* gradients,      \
+                          int threads);                                                                                \
   int noisy_patches(const maskdiff_samples* samples, void* out, int dtype, int threads);                               \
   int denoising_loss(const maskdiff_samples* samples, const void* prediction, int64_t sample_stride,                   \
                      int64_t patch_stride, int dtype, int target, const float* weight, float* mean, float* per_sample, \

@@ -77,6 +77,8 @@ MASKDIFF_INLINE Halves bfloat16_halves(Vector x) {
 MASKDIFF_INLINE Vector of_bfloat16(Halves x) {
 #if MASKDIFF_WIDTH == 16 && defined(__AVX512F__)
   return Vector(Words(_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)x)) << 16);  // convertvector goes by halves
+#elif MASKDIFF_WIDTH == 8 && defined(__AVX2__)
+  return Vector(Words(_mm256_cvtepu16_epi32((__m128i)x)) << 16);
 #else
   return Vector(__builtin_convertvector(x, Words) << 16);
 #endif

@@ -71,6 +71,20 @@ class AdamwNumbersStruct(ctypes.Structure):
     _fields_ = [(name, ctypes.c_double) for name in ADAMW_NUMBERS]
 
 
+class LayerNormStruct(ctypes.Structure):
+    """maskdiff_layer_norm_input."""
+
+    _fields_ = _fields("x weight bias shift", "rows width stride dtype")
+
+
+class LayerNormGradientsStruct(ctypes.Structure):
+    """maskdiff_layer_norm_gradients."""
+
+    _fields_ = _fields(
+        "statistics grad_out grad_sum grad_x grad_weight grad_bias grad_shift", "grad_out_stride grad_sum_stride"
+    )
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 

@@ -46,6 +46,8 @@ STRUCTS = {
     "draw": structs.DrawStruct,
     "samples": structs.SamplesStruct,
     "attention_input": structs.AttentionStruct,
+    "layer_norm_input": structs.LayerNormStruct,
+    "layer_norm_gradients": structs.LayerNormGradientsStruct,
     "adamw": structs.AdamwStruct,
     "adamw_numbers": structs.AdamwNumbersStruct,
 }
@@ -280,7 +282,7 @@ def test_choice(monkeypatch):
 def test_choice_by_op(monkeypatch):
     """MASKDIFF_KERNELS may name ops; `using` comes before it, an argument before both."""
     monkeypatch.setenv("MASKDIFF_KERNELS", "attention=sdpa, adamw_ema=torch")
-    found = {"adamw_ema": "torch", "attention": "sdpa", **dict.fromkeys((*OPS, "gelu"), "cpp")}
+    found = {"adamw_ema": "torch", "attention": "sdpa", **dict.fromkeys((*OPS, "gelu", "layer_norm"), "cpp")}
     assert mk.chosen("cpu") == found
     with mk.using(attention="explicit", draw_batch="reference"):
         assert mk.chosen("cpu") == {**found, "attention": "explicit", "draw_batch": "reference"}
@@ -323,7 +325,7 @@ def test_using_holds_where_the_backward_runs(monkeypatch):
 
 def test_the_committed_table_is_sound():
     table = dispatch.read_table((Path(dispatch.__file__).parent / "choices.json").read_text())
-    assert set(table["cpu"]) == set(table["cuda"]) == {"adamw_ema", "attention", "gelu", *OPS}
+    assert set(table["cpu"]) == set(table["cuda"]) == {"adamw_ema", "attention", "gelu", "layer_norm", *OPS}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from maskdiff_kernels.ops.attention import reference as attention
 from maskdiff_kernels.ops.denoising_loss import reference as loss
 from maskdiff_kernels.ops.draw_batch import reference as draw
 from maskdiff_kernels.ops.gelu import reference as gelu
+from maskdiff_kernels.ops.layer_norm import reference as layer_norm
 from maskdiff_kernels.ops.noisy_patches import reference as noisy
 from maskdiff_kernels.ops.samples import Samples
 
@@ -116,6 +117,12 @@ def test_attention(ragged: bool, module):
 def test_gelu():
     x = torch.empty(5, 7)
     assert gelu.run(x).shape == x.shape and gelu.run_backward(x, x, True)[1].shape == x.shape[1:]
+
+
+def test_layer_norm():
+    x, weight = torch.empty(5, 7, dtype=torch.bfloat16), torch.empty(7)
+    out, summed = layer_norm.run(x, weight, weight, x[0], 1e-5)
+    assert out.shape == summed.shape == x.shape and out.dtype == x.dtype
 
 
 @pytest.mark.parametrize("run", [pytest.param(adamw.run, id="reference"), pytest.param(fused.run, id="torch")])
