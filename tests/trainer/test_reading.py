@@ -139,12 +139,17 @@ def test_another_thread_is_two_steps_ahead(fetched, monkeypatch):
     assert stagings[1].source.store.patches.shape == (1, BATCH * 8, MODEL.patch_dim)
 
 
-def test_no_thread_is_at_work_while_a_graph_is_captured(fetched, monkeypatch):
+def test_no_thread_is_at_work_while_a_graph_is_captured(monkeypatch):
+    """What comes after the first step is fetched no sooner than somebody waits for it."""
     steps, idle = steps_of(ahead=True), []
     steps.captures = True
+    gate, fetch, settle = threading.Event(), Staging._fetch, Staging.settle
+    monkeypatch.setattr(Staging, "settle", lambda staging: (gate.set(), settle(staging)))
+    monkeypatch.setattr(Staging, "_fetch", lambda *args: (args[2] == 0 or gate.wait(), fetch(*args))[1])
 
     def refused(*_):
         idle.append(all(future.done() for shape in steps._shapes.values() for _, future in shape.staging.coming))
+        (gate.set if idle[1:] else gate.clear)()
         raise RuntimeError("no GPU")
 
     monkeypatch.setattr(capture, "Captured", refused)
