@@ -106,7 +106,10 @@ def prepare(
                 raise UserError(f"data.{key}: {str(spec)!r} is packed already; pack its pictures again with --{key}")
         packed = open_packed(path, patch)
         if packed.image_size != image_size:
-            raise UserError(f"{str(spec)!r} holds images of {packed.image_size} px, the model wants {image_size}")
+            raise UserError(
+                f"{str(spec)!r} holds images of {packed.image_size} px, the model wants {image_size}; "
+                f"give --model.image-size {packed.image_size}, or pack its pictures with --image-size {image_size}"
+            )
         return packed
     source = source_of(str(spec), Options(Look(crop, background=background), subset=subset))
     recipe = [source.recipe(), image_size, patch, heldout]

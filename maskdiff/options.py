@@ -137,8 +137,9 @@ def parse(argv: list[str]) -> Command:
     elif not config.out:
         config = replace(config, out=free_run_path(config.preset))
     presets.get(config.preset)  # raises for an unknown name, wherever it came from
-    validate(config)
-    if "print-config" in own:
+    shown = "print-config" in own
+    validate(replace(config, data=replace(config.data, path="-")) if shown else config)  # a recipe needs no images yet
+    if shown:
         return Command(config, text=json.dumps(config_to_dict(config), indent=1))
     if run is None:
         check_new_run(config.out)

@@ -44,6 +44,14 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def words(dtype: torch.dtype, device: torch.device) -> str:
+    """What a run says it computes in and on: "bf16 on the CPU, 2 threads"."""
+    name = "bf16" if dtype == torch.bfloat16 else "fp32"
+    if device.type == "cuda":
+        return f"{name} on {torch.cuda.get_device_name(device)}"
+    return f"{name} on the CPU, {torch.get_num_threads()} threads"
+
+
 def check_compiler(device: torch.device) -> None:
     """Compiles one sum by torch.compile. Raises UserError where that does not work: there is no compiler, no Triton."""
     try:

@@ -67,7 +67,7 @@ def main() -> None:
     done = f"{there} were there, {drawn} drawn" if there else ""
     speed = f"{rate:.3g} images/s" if drawn else ""
     told = ", ".join(part for part in (done, speed) if part)
-    print(f"{_images(options.count)} in {options.out} ({told})")
+    print(f"{_images(options.count)} of step {loaded.meta['step']} in {options.out} ({told})")
 
 
 def _images(count: int) -> str:

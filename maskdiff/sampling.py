@@ -105,6 +105,11 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # ids [B], images [B, H, W, C] uint8 on the CPU
     """Draws the images of these numbers, so many at a time. Raises UserError as `sample` does, before the first."""
     make_scheduler(diffusion, sampler)
+    if sampler.guidance != 1.0 and not model.config.classes:
+        raise UserError(
+            f"guidance of {sampler.guidance:g} needs labels, and this model was trained without: leave it at 1, "
+            "or train one with --data.labels"
+        )
     if labels is None and sampler.guidance != 1.0:
         raise UserError(f"guidance of {sampler.guidance:g} needs labels to be guided by: give labels, or leave it at 1")
     if labels is not None:

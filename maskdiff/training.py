@@ -120,7 +120,7 @@ class _Training:
         diffusion = Diffusion(config.diffusion)
         self.diffusion = diffusion
         self.reading = reading.resolve(packed.store, self.device, config.data.reading)
-        Progress.say(self.reading.words)
+        Progress.say(f"training in {precision.words(self.dtype, self.device)}; {self.reading.words}")
         store = self.reading.store
         labels = packed.labels.to(self.device) if config.model.classes else None
         self.source = Source(store, packed.train_ids.to(self.device), labels)
@@ -365,6 +365,8 @@ class _Training:
         fewest, most = min(plan.mask.counts), max(plan.mask.counts)
         visible = f"{fewest} to {most}" if len(plan.mask.counts) > 1 else f"{most}"
         at_a_time = "" if plan.micro == plan.batch else f" ({plan.micro} at a time)"
+        if isinstance(plan.asked, int) and plan.micro < min(plan.asked, plan.batch):
+            at_a_time = f" ({plan.micro} at a time: {plan.asked} are no equal part of them)"
         Progress.say(
             f"{name}: {plan.steps} steps of {plan.batch} images{at_a_time}, {visible} of {total} patches visible "
             f"({plan.effective_rate:.1%} masked), {plan.step_ms:.1f} ms a step{plan.speed(plan.step_ms)}"

@@ -192,7 +192,7 @@ def test_command_goes_on_with_a_folder(runs, tmp_path, monkeypatch, capsys):  # 
     monkeypatch.setattr(sampling, "draw", counted)
     whole = partial(command, monkeypatch, runs / "labelled", "--steps", 3, "--out")
     whole(out, "--count", 5, "--batch", 4)
-    assert "5 images in" in (said := capsys.readouterr().out) and "images/s" in said and drawn == [4, 1]
+    assert "5 images of step " in (said := capsys.readouterr().out) and "images/s" in said and drawn == [4, 1]
     before = {file: file.read_bytes() for file in sorted(out.glob("*.png"))}
     files = list(before)
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(5)]
