@@ -427,7 +427,7 @@ def test_cold_clock(monkeypatch):
     clock.buffer = clock.buffer[:1000]
     monkeypatch.setattr(torch, "sum", lambda *a, **k: (log.append("sweep"), total(*a, **k)))
     captured = measure.Captured.__new__(measure.Captured)
-    captured.graph = types.SimpleNamespace(replay=lambda: log.append("call"))
+    captured.graph, captured.result = types.SimpleNamespace(replay=lambda: log.append("call")), None
     assert clock(captured, CPU)() == 1.5 and log == ["sweep", "event", "call", "event"]
     log.clear()
     clock(lambda: log.append("call"), CPU)
