@@ -1,7 +1,9 @@
-"""Making sure that what was written is on disk."""
+"""Files that are written whole or not at all, and on disk when that is said."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def sync(path: Path) -> None:
@@ -11,3 +13,10 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file of plain values: readers see the one before or this one, never a part."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)

@@ -21,6 +21,7 @@ from maskdiff_kernels import Mask
 from . import capture, checkpoint, data, flops, loggers, masking, measure, memory, precision, reading, sampling
 from .config import Config, check_new_run, config_to_dict, load_config
 from .diffusion import Diffusion
+from .durable import write_json
 from .errors import UserError
 from .model import UViT
 from .optim import FlatState, Hyper, kernels
@@ -145,7 +146,7 @@ class _Training:
             self._resume()
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_json(self.path / "config.json", config_to_dict(config))
+            write_json(self.path / "config.json", config_to_dict(config))
 
     def _steps(self, say: Callable[[str], None]) -> capture.Steps:
         ahead = self.reading.mode == "ahead"
@@ -219,14 +220,14 @@ class _Training:
         if saved.stages != self.config.stages:
             self._write_plans()
             stages = dataclasses.replace(saved, stages=self.config.stages)
-            _write_json(self.path / "config.json", config_to_dict(stages))
+            write_json(self.path / "config.json", config_to_dict(stages))
 
     def _write_plans(self) -> None:
         plans = {
             key: {**dataclasses.asdict(made), "retained": made.retained(made.step_ms)}
             for key, made in self.plans.items()
         }
-        _write_json(self.path / "plans.json", plans)
+        write_json(self.path / "plans.json", plans)
 
     def _save(self) -> None:
         meta = {
@@ -515,9 +516,3 @@ def _fit_to_data(config: Config, packed: data.PackedSet) -> Config:
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
