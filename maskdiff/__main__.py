@@ -9,6 +9,9 @@ COMMANDS = {
     "watch": "show in a terminal how a run is going",
     "sample": "draw images with a trained model",
     "pack": "pack pictures of any kind for training, check and show packed sets",
+    "evaluate": "judge samples by their distance from real images: FID, KID, precision, recall",
+    "sweep": "train at several mask rates in equal time, and report what masking buys",
+    "transfer": "train with and without pre-training on other images in equal time, and report what it buys",
     "bench": "measure a training step at several mask rates against plain PyTorch",
     "doctor": "show what is installed here and which kernels run",
 }

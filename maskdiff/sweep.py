@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import features, measure, options, precision
-from .config import Config, config_from_dict, config_to_dict
+from .config import Config, config_to_dict
 from .durations import seconds as parse_seconds
 from .durations import words
 from .errors import UserError, run_command
@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains at several mask rates, each in the same time, masked first and whole after; judges samples "
         "along the way and reports what masking buys here. The dense run from scratch is the row to beat.",
         epilog="Whatever else maskdiff.train takes (--data, --preset, --model.patch 2, ...) is passed on. The same "
-        "command goes on with a study that was stopped, and so does `maskdiff.sweep STUDY` alone; with more seeds, rates "
-        "or --longer it adds cells.",
+        "command goes on with a study that was stopped, and so does `maskdiff.sweep STUDY` alone; with more seeds, "
+        "rates or --longer it adds cells.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -218,7 +218,8 @@ def _planned(path: Path, chosen: dict[str, Any], saved: dict[str, Any] | None) -
     ):
         if made[key] != saved[key]:
             raise UserError(
-                f"{path} was begun with another {key}: {saved[key]}, not {made[key]}; leave it out, or take a new folder"
+                f"{path} was begun with another {key}: {saved[key]}, not {made[key]}; "
+                "leave it out, or take a new folder"
             )
     there = {cell["name"] for cell in saved["cells"]}
     added = [cell for cell in made["cells"] if cell["name"] not in there]

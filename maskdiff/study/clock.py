@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def measured(
         steps.prepare(mask, batch)
     for turn in range(rounds + 1):
         for name, (batch, mask) in fits.items():
-            taken = measure.seconds(lambda mask=mask, batch=batch: steps(mask, batch, hyper), device)
+            taken = measure.seconds(partial(steps, mask, batch, hyper), device)
             if turn:  # the first round warms caches and allocator
                 samples[name].append(1e3 * taken)
     rows = []

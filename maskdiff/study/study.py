@@ -1,4 +1,4 @@
-"""A study as a folder: its plan, its clock, its cells, taken up by any number of processes in any number of sittings."""
+"""A study as a folder: its plan, its clock, its cells, taken up by any number of processes in as many sittings."""
 
 import json
 import os
