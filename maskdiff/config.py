@@ -16,7 +16,7 @@ from .diffusion import DiffusionConfig
 from .errors import UserError
 from .model import ModelConfig
 from .sampling import SamplerName
-from .stages import Stage, fit, micro_batch, parse_stages, templates
+from .stages import Stage, fit, micro_batch, minutes_of, parse_stages, templates
 
 __all__ = ["Config", "DataConfig", "DiffusionConfig", "ModelConfig", "OptimConfig", "Stage"]
 
@@ -96,6 +96,8 @@ class Config:
     """seed of everything random"""
     max_steps: int | None = None
     """ends the run after so many steps in all; stage lengths stay"""
+    time_budget: float | str | None = None
+    """training time in all, 2h, 30m, 90s or minutes, which stages share in proportion to their own; none: their own"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the device has it natively, else fp32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -349,6 +351,8 @@ def _check_ranges(config: Config) -> None:
         if not good:
             raise UserError(f"{name} is {value}; give {takes}")
     optim.averages()
+    if config.time_budget is not None:
+        minutes_of(config.time_budget)
 
 
 _MOST = {"steps": 2**40, "minutes": 2**40, "batch": 2**20, "tokens": 2**26}  # of a stage

@@ -63,6 +63,7 @@ how
                       auto (or --batch auto): as many as fit in memory
   --recompute         keeps less for the backward pass and computes it again: less memory, slower
   --stages.N.KEY V    one key of stage N, from 0: mask steps minutes batch tokens lr warmup clip ...
+  --time-budget T     2h, 30m or 90s of training: all stages end in it, with their shares of it
   --max-steps N       ends the run after N steps in all; stage lengths stay
   --seed S            seed of everything random
   --precision P       auto, bf16 or fp32

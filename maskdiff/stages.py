@@ -59,6 +59,45 @@ class Stage:
         return max(1, math.ceil(self.minutes * 60e3 / step_ms))
 
 
+_UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}  # minutes
+
+
+def minutes_of(time: float | str) -> float:
+    """Minutes of a time budget: 90s, 30m, 2h, or a number of minutes. Raises UserError for what is none."""
+    found = re.fullmatch(_FLOAT + "([smh]?)", str(time))
+    minutes = float(found[1]) * _UNITS[found[2] or "m"] if found else 0.0
+    if not 0 < minutes <= 2**40:
+        raise UserError(f"time_budget is {time}; give a time above 0: 2h, 30m, 90s, or minutes")
+    return minutes
+
+
+def share_time(
+    stages: Sequence[Stage],
+    step_ms: Sequence[float],  # what a step of each takes
+    minutes: float,  # for all
+) -> list[int]:
+    """Lengths in steps with which all stages end in time. Each keeps its share of the time: the longer it says to be,
+    in steps times what a step takes or in minutes, the more it has.
+
+    Raises UserError where a stage would have no step after its warm-up; it says what time it takes.
+    """
+    said = [
+        stage.steps * ms if stage.steps is not None else 60e3 * (stage.minutes or 0.0)
+        for stage, ms in zip(stages, step_ms, strict=True)
+    ]
+    lengths = [60e3 * minutes * time / sum(said) / ms for time, ms in zip(said, step_ms, strict=True)]
+    missing = [(stage.warmup + 1) / length for stage, length in zip(stages, lengths, strict=True)]
+    if (factor := max(missing)) > 1:
+        number = missing.index(factor)
+        least = math.ceil(100 * minutes * factor) / 100
+        raise UserError(
+            f"time_budget is too short: {int(lengths[number])} steps would be left to stage {number} "
+            f"'{stages[number].mask}', of {step_ms[number]:.1f} ms, and its warm-up alone has {stages[number].warmup}; "
+            f"give {least:g}m or more, or shorter warm-ups"
+        )
+    return [int(length) for length in lengths]
+
+
 def fit(
     stage: Stage,
     grid: tuple[int, int],  # patches down, across

@@ -27,8 +27,9 @@ from .model import UViT
 from .optim import FlatState, Hyper, kernels
 from .pretrained import check_initial, initial_weights
 from .runlog import DeviceScalars, Logs, Progress
-from .stages import fit, learning_rate, micro_batch, micro_batches, tokens_of
+from .stages import fit, learning_rate, micro_batch, micro_batches, minutes_of, share_time, tokens_of
 from .step import Objective, Source, batch_loss, draw
+from .watch import duration
 
 HELDOUT_SAMPLES = 512
 MAX_SKIPS = 20  # steps in a row with a gradient that is not finite, before the run is given up
@@ -145,7 +146,10 @@ class _Training:
         if resume:
             self._resume()
         else:
+            if config.time_budget is not None:
+                self._share_time(config.time_budget)
             self.path.mkdir(parents=True, exist_ok=True)
+            self._write_plans()
             write_json(self.path / "config.json", config_to_dict(config))
 
     def _steps(self, say: Callable[[str], None]) -> capture.Steps:
@@ -211,8 +215,9 @@ class _Training:
         """Gives the last stage that has begun the length that it is to have now. Options checked the rest."""
         saved = load_config(self.path / "config.json").stages
         for index, plan in self.plans.items():
-            if self.config.stages[index] != saved[index]:
-                steps = self.config.stages[index].steps_at(plan.step_ms)
+            now, before = self.config.stages[index], saved[index]
+            if (now.steps, now.minutes) != (before.steps, before.minutes):
+                steps = now.steps_at(plan.step_ms)
                 self.plans[index] = dataclasses.replace(plan, steps=steps)
 
     def _write_stages(self) -> None:
@@ -245,7 +250,7 @@ class _Training:
     # ---- planning a stage
 
     def _plan(self, index: int) -> StagePlan:
-        """Times a few discarded steps, dense and masked in turn, and fixes the stage's length in steps."""
+        """Times a few discarded steps, dense and masked in turn: the stage as it says to be."""
         stage, (batch, mask) = self.config.stages[index], self.fits[index]
         total = self.source.store.patches.shape[1]
         dense = Mask("dense", 0, (total,))
@@ -269,7 +274,7 @@ class _Training:
                         times[name].append(1e3 * (measure.now(self.device) - start))
         step_ms = statistics.median(times["step"])
         dense_ms = statistics.median(times["dense"] or times["step"])
-        plan = StagePlan(
+        return StagePlan(
             mask=mask,
             batch=batch,
             steps=stage.steps_at(step_ms),
@@ -281,7 +286,6 @@ class _Training:
             micro=micro[mask],
             asked=stage.micro_batch,
         )
-        return self._fixed(index, plan)
 
     def _fixed(self, index: int, plan: StagePlan) -> StagePlan:
         """Writes a plan down."""
@@ -291,9 +295,10 @@ class _Training:
 
     def _planned(self, index: int) -> StagePlan:
         plan, asked = self.plans.get(index), self.config.stages[index].micro_batch
-        if plan is None:
+        if self.stage_step == 0:
             self.steps = self._steps(Progress.say)  # the memory of the stage's before is given back
-            return self._plan(index)
+        if plan is None:
+            return self._fixed(index, self._plan(index))
         if plan.asked != asked:
             micro = self._micro(self._steps(lambda _: None), index)
             if micro != plan.micro and self.stage_step:
@@ -301,6 +306,23 @@ class _Training:
                 Progress.say(f"note: {change}: the run goes on, but not bit for bit the same")
             plan = self._fixed(index, dataclasses.replace(plan, micro=micro, asked=asked))
         return plan
+
+    def _share_time(self, budget: float | str) -> None:
+        """Plans all stages before the first step, so that they end within the time budget."""
+        plans: list[StagePlan] = []
+        for index in range(len(self.config.stages)):
+            if not memory.suffices(lambda at=index: plans.append(self._plan(at)), self.device):  # type: ignore[misc]
+                raise self._out_of_memory(index)
+        minutes = minutes_of(budget)
+        lengths = share_time(self.config.stages, [plan.step_ms for plan in plans], minutes)
+        planned = [dataclasses.replace(plan, steps=steps) for plan, steps in zip(plans, lengths, strict=True)]
+        self.plans = dict(enumerate(planned))
+        parts = [
+            f"{plan.steps} steps of {stage.mask} ({duration(plan.steps * plan.step_ms / 1e3)})"
+            for stage, plan in zip(self.config.stages, planned, strict=True)
+        ]
+        words = f"{duration(60 * minutes)} of training, without what samples and checkpoints take"
+        Progress.say(f"{', then '.join(parts)}: {words}")
 
     def _micro(self, steps: capture.Steps, index: int) -> int:
         """Images that a stage takes at a time, found by trying where it asks for that."""
@@ -321,14 +343,14 @@ class _Training:
         sizes = [size for size in micro_batches(batch, dense) if size <= micro]
         return memory.fitting(steps, dense, batch, sizes) or 1
 
-    def _out_of_memory(self) -> UserError:
-        """What to say where a step of the stage in hand did not fit: how many images at a time do."""
-        stage, (batch, mask), plan = self.config.stages[self.stage], self.fits[self.stage], self.plans.get(self.stage)
+    def _out_of_memory(self, index: int) -> UserError:
+        """What to say where a step of the stage did not fit: how many images at a time do."""
+        stage, (batch, mask), plan = self.config.stages[index], self.fits[index], self.plans.get(index)
         micro = plan.micro if plan else micro_batch(stage, batch, mask) or batch
         self.steps = self._steps(lambda _: None)  # graphs keep their memory
         sizes = [size for size in micro_batches(batch, mask) if size < micro]
         fits = memory.fitting(self.steps, mask, batch, sizes) if sizes else None
-        return UserError(memory.too_large(self.stage, stage, batch, micro, fits, self.config.recompute, self.device))
+        return UserError(memory.too_large(index, stage, batch, micro, fits, self.config.recompute, self.device))
 
     # ---- the loop
 
@@ -340,7 +362,7 @@ class _Training:
                 stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
             while self.stage < len(self.config.stages) and not self._done():
                 if not memory.suffices(partial(self._run_stage, logs), self.device):
-                    raise self._out_of_memory()
+                    raise self._out_of_memory(self.stage)
                 if self.stopped_by is None and not self._done():
                     self.stage, self.stage_step = self.stage + 1, 0
             self._save()

@@ -224,9 +224,10 @@ def test_saved_configuration_starts_the_same_run(tmp_path):
 
 
 OTHER = {
-    "preset": "digits", "out": "o", "seed": 1, "max_steps": 9, "precision": "fp32", "device": "cpu", "capture": "off",
-    "compile": True, "init": "i", "init_weights": "ema", "checkpoint_every": 2, "keep_checkpoints": 3,
-    "heldout_every": 4, "sample_every": 5, "sample_count": 6, "sample_steps": 7, "guidance": 8.5, "probe_steps": 9,
+    "preset": "digits", "out": "o", "seed": 1, "max_steps": 9, "time_budget": "2h", "precision": "fp32",
+    "device": "cpu", "capture": "off", "compile": True, "init": "i", "init_weights": "ema",
+    "checkpoint_every": 2, "keep_checkpoints": 3, "heldout_every": 4, "sample_every": 5, "sample_count": 6,
+    "sample_steps": 7, "guidance": 8.5, "probe_steps": 9,
     "recompute": True, "sampler": "heun", "eta": 0.5, "log": ["wandb"], "log_every": 3,
     "data": {"path": "p", "labels": True, "label_dropout": 0.5, "flip": 0.5, "background": "red",
              "crop": "c", "subset": "9", "heldout": 0.5, "reading": "mapped"},
@@ -354,6 +355,8 @@ def test_presets_are_valid(name):
         (["--optim.ema2", "power:"], ["optim.ema2 is power:;", "power:0.1"]),
         (["--optim.ema2", "pow:0.1"], ["optim.ema2 is pow:0.1", "power:0.1"]),
         (["--max-steps", "0"], ["max_steps is 0", "1 or more"]),
+        (["--time-budget", "2 h"], ["time_budget is 2 h", "2h, 30m, 90s, or minutes"]),
+        (["--time-budget", "0"], ["time_budget is 0.0", "above 0"]),
         (["--keep-checkpoints", "0"], ["keep_checkpoints is 0"]),
         (["--sample-steps", "1001"], ["sample_steps is 1001", "1000"]),
         (["--eta", "1.5"], ["eta is 1.5", "from 0 to 1"]),
@@ -451,6 +454,7 @@ def test_resume_may_repeat_what_is_the_same_and_change_what_is_free(run):
         (["--stages.0.steps", "901"], ["stages.0.steps (is 900, got 901)"]),
         (["--mask.rate", "0.5"], ["stages.0.mask (is patch:0.75, got patch:0.5)"]),
         (["--init", "w.pt"], ["init (is none, got w.pt)"]),
+        (["--time-budget", "2h"], ["time_budget (is none, got 2h)"]),
         (["--precision", "bf16"], ["precision"]),
         (["--out", "new"], ["out (is"]),
     ],

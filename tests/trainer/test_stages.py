@@ -14,7 +14,9 @@ from maskdiff.stages import (
     learning_rate,
     micro_batch,
     micro_batches,
+    minutes_of,
     parse_stages,
+    share_time,
     templates,
     tokens_of,
 )
@@ -170,6 +172,19 @@ def test_micro_batches_are_equal_parts_of_whole_groups():
     asked = {None: 60, "auto": None, 1: 1, 16: 15, 59: 30, 61: 60}
     assert {words: micro_batch(Stage(micro_batch=words), *dense) for words in asked} == asked
     assert micro_batch(Stage(micro_batch=63), *ranged) == 32
+
+
+def test_a_time_budget_is_shared_as_the_stages_say():
+    assert [minutes_of(time) for time in ("90s", "30m", "1.5h", "7", 7.5)] == [1.5, 30, 90, 7, 7.5]
+    stages, step_ms = parse_stages("patch:0.75 x600 w50, dense x300, block2:0.5 0.5m"), [50.0, 200.0, 7.0]
+    lengths = share_time(stages, step_ms, 4.0)  # 30, 60 and 30 s by themselves: twice that
+    assert lengths == [1200, 600, int(60e3 / 7)]
+    assert sum(steps * ms for steps, ms in zip(lengths, step_ms, strict=True)) <= 4 * 60e3
+    assert share_time(stages, step_ms, 0.171)[0] == 51
+    with pytest.raises(UserError, match=r"42 steps .* stage 0 'patch:0.75', of 50.0 ms, .* has 50; give 0.17m or more"):
+        share_time(stages, step_ms, 0.141)
+    with pytest.raises(UserError, match="0 steps would be left to stage 0 'dense'.* give 0.02m or more"):
+        share_time(parse_stages("dense x2"), [1000.0], 0.9 / 60)
 
 
 def test_learning_rate():

@@ -247,6 +247,26 @@ def test_wall_clock_stage_becomes_steps_before_its_first(tmp_path):
     assert plan["steps"] == len(rows(out)) and plan["steps"] == -(-0.02 * 60e3 // plan["step_ms"])
 
 
+def test_a_time_budget_fixes_all_stages_before_the_first_step(tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ("--time-budget", "1.2s", "--stages.0.warmup", "0", "--max-steps", "1")
+    training.run(tiny(out, *words))
+    before = (out / "plans.json").read_text()
+    plans = list(json.loads(before).values())
+    scale = 1200 / (8 * plans[0]["step_ms"] + 6 * plans[1]["step_ms"])
+    assert [plan["steps"] for plan in plans] == [int(8 * scale), int(6 * scale)]
+    assert f"{plans[0]['steps']} steps of patch:0.75 (" in capsys.readouterr().out
+    with pytest.raises(UserError, match="time_budget is too short"):
+        training.run(tiny(tmp_path / "short", "--time-budget", "1e-6"))
+    assert not (tmp_path / "short").exists()
+    training.run(parse(["--resume", str(out), "--max-steps", "99999", "--stages.0.micro-batch", "16"]).config, True)
+    assert [row["stage"] for row in rows(out)] == [0] * plans[0]["steps"] + [1] * plans[1]["steps"]
+    assert [plan["steps"] for plan in json.loads((out / "plans.json").read_text()).values()] == [
+        plan["steps"] for plan in plans
+    ]
+    assert rows(out)[-2]["lr"] == 1e-3 > rows(out)[plans[0]["steps"] - 1]["lr"]  # a cosine to its own end
+
+
 RANGE = "dense x3 b5 lr2e-3 c1.0, patch:0.4-0.9 x60 b16 lr4e-3 w5 c1.0, block2:0.5-0.8 x2 t1000 lr1e-3 c1.0"
 
 
