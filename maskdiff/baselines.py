@@ -57,7 +57,8 @@ class PlainUViT(nn.Module):
         super().__init__()
         self.config = config
         width, side = config.width, config.image_size // config.patch
-        self.position = nn.Parameter(torch.randn(side * side + (2 if config.classes else 1), width) * 0.02)
+        rows = (2 if config.classes else 1) + (side * side if config.position == "learned" else 0)
+        self.position = nn.Parameter(torch.randn(rows, width) * 0.02)
         if config.classes:
             self.label_table = nn.Parameter(torch.randn(sum(config.classes), width))
             self.unconditional = nn.Parameter(torch.randn(width) * 0.02)
@@ -106,7 +107,9 @@ class PlainUViT(nn.Module):
         special = self.special_tokens(t, label)
         count = special.shape[1]
         position = self.position[count:]
-        x = self.patch_embed(patches) + (position if ids is None else F.embedding(ids, position))
+        x = self.patch_embed(patches)
+        if self.config.position == "learned":
+            x = x + (position if ids is None else F.embedding(ids, position))
         return self.transform(torch.cat((special + self.position[:count], x), dim=1))[:, count:]
 
     def forward_image(self, image: Tensor, t: Tensor, hidden: Tensor | None, label: Tensor | None = None) -> Tensor:
@@ -118,7 +121,10 @@ class PlainUViT(nn.Module):
         kernel = self.patch_embed.weight.reshape(-1, patch, patch, channels).permute(0, 3, 1, 2)
         x = F.conv2d(image, kernel, self.patch_embed.bias, stride=patch).flatten(2).transpose(1, 2)
         special = self.special_tokens(t, label)
-        x = torch.cat((special, x), dim=1) + self.position
+        if self.config.position == "learned":
+            x = torch.cat((special, x), dim=1) + self.position
+        else:
+            x = torch.cat((special + self.position, x), dim=1)
         if hidden is not None:
             x = x[~hidden].reshape(len(x), -1, x.shape[-1])
         return self.transform(x)[:, special.shape[1] :]

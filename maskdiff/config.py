@@ -109,7 +109,7 @@ class Config:
     capture: Literal["auto", "off"] = "auto"
     """auto: on a GPU, steps are CUDA graphs where they can be; off: each of their launches is the host's"""
     init: str | None = None
-    """starts from these weights: a run, a checkpoint of one, or a .pt file of MaskDM"""
+    """starts from these weights: a run, a checkpoint of one, or a .pt file of MaskDM; at any image size"""
     init_weights: Literal["raw", "ema", "ema2"] = "raw"
     """which of the weights in --init"""
     checkpoint_every: int = 1000

@@ -40,6 +40,8 @@ class ModelConfig:
     """puts a two-layer MLP on the time token"""
     classes: tuple[int, ...] = ()
     """number of values of each label attribute, none: unlabelled; training sets it by the data (data.labels)"""
+    position: str = "learned"
+    """learned: a table tells the model where each patch lies; none: nothing does"""
     init: str = "fan-in"
     """initial weights: fan-in, or authors for those of MaskDM's code"""
 
@@ -56,6 +58,8 @@ class ModelConfig:
             raise UserError(f"model.blocks must be odd (half in, one in the middle, half out), got {self.blocks}")
         if self.width % self.heads or self.width % 4:
             raise UserError(f"model.width must be divisible by 4 and by heads = {self.heads}, got {self.width}")
+        if self.position not in ("learned", "none"):
+            raise UserError(f"model.position must be 'learned' or 'none', got {self.position!r}")
         if self.init not in ("fan-in", "authors"):
             raise UserError(f"model.init must be 'fan-in' or 'authors', got {self.init!r}")
         if any(count < 1 for count in self.classes):
@@ -155,8 +159,10 @@ class Block(nn.Module):
 class UViT(nn.Module):
     """U-ViT (Bao et al., arXiv 2209.12152) as MaskDM uses it (arXiv 2306.11363): masked patches are simply absent.
 
-    Tokens are [label, time, patches...]. Weights and biases of Linear layers may be of another dtype (bf16) than the
-    rest: activations run in theirs; norm weights, position and label tables stay fp32.
+    Tokens are [label, time, patches...]; `position` has a row for each. In a model without positions it has none for
+    patches, which are then a set: in another order they get the same predictions. Weights and biases of Linear layers
+    may be of another dtype (bf16) than the rest: activations run in theirs; norm weights, position and label tables
+    stay fp32.
     """
 
     label_first: Tensor  # [A] each attribute's first row in the label table
@@ -172,7 +178,8 @@ class UViT(nn.Module):
             if config.time_mlp
             else None
         )
-        self.position = nn.Parameter(torch.empty(config.extras + config.patches, width))
+        placed = config.patches if config.position == "learned" else 0
+        self.position = nn.Parameter(torch.empty(config.extras + placed, width))
         if config.classes:
             self.label_table = nn.Parameter(torch.empty(sum(config.classes), width))
             self.unconditional = nn.Parameter(torch.empty(width))
@@ -204,10 +211,12 @@ class UViT(nn.Module):
             raise ValueError(f"x has {count} patches, an image {config.patches}: pass keep_ids for a part of them")
         if (cu_patches is None) != (x.dim() == 3) or (cu_patches is None) != (most is None):
             raise ValueError("x is [B, K, P * P * C], or [M, P * P * C] beside keep_ids [M], cu_patches and most")
-        extra_rows, patch_rows = self.position.split([config.extras, config.patches])
-        rows = patch_rows if keep_ids is None else F.embedding(keep_ids, patch_rows)  # its backward is deterministic
+        extra_rows, patch_rows = self.position.tensor_split([config.extras])
         dtype = self.head.weight.dtype
-        patches = self.patch_embed(x.to(dtype)) + rows  # with bf16 products the fp32 rows make this sum fp32
+        patches = self.patch_embed(x.to(dtype))
+        if config.position == "learned":  # with bf16 products the fp32 rows make these sums fp32
+            rows = patch_rows if keep_ids is None else F.embedding(keep_ids, patch_rows)  # its backward: deterministic
+            patches = patches + rows
         time = timestep_embedding(timestep, config.width)
         if self.time_embed is not None:
             time = self.time_embed(time.to(dtype))
@@ -291,7 +300,7 @@ class UViT(nn.Module):
         return self(visible, t, labels, keep_ids)
 
     def resized(self, image_size: int) -> "UViT":
-        """A copy for square images of another size: the table of positions is interpolated (bicubic, as ViTs do it).
+        """A copy for square images of another size: a table of positions is interpolated (bicubic, as ViTs do it).
 
         Raises UserError for a size that is no multiple of the patch.
         """
@@ -301,6 +310,8 @@ class UViT(nn.Module):
             raise UserError(f"images of {image_size} pixels are no whole number of patches of {patch}: {near} would be")
         model = copy.deepcopy(self)
         model.config = replace(self.config, image_size=image_size)
+        if self.config.position == "none":
+            return model
         extra_rows, rows = self.position.detach().split([self.config.extras, self.config.patches])
         table = rows.t().reshape(1, -1, *self.config.grid)
         table = F.interpolate(table, model.config.grid, mode="bicubic", align_corners=False)
@@ -328,7 +339,7 @@ class UViT(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
         nn.init.trunc_normal_(self.position, std=0.02)
-        if fan_in:
+        if fan_in and self.config.position == "learned":
             self.position[self.config.extras :] = sincos_table(*self.config.grid, self.config.width)
         if self.config.classes:
             # The label token starts as large as the time token, whose sinusoids have a mean square of 1/2.

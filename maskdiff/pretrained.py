@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,10 +79,12 @@ def initial_weights(
     path: str | os.PathLike,
     weights: str,  # "raw" | "ema" | "ema2"
     config: ModelConfig,
+    say: Callable[[str], None] = print,  # is told where they had to be fitted to the size of the images
 ) -> dict[str, Tensor]:
     """The weights that --init names, for a model of `config`: a run or checkpoint folder, or a file of MaskDM's.
 
-    Raises UserError where they are of another shape than the model: it says which of its settings differ.
+    Where they were trained at another image size, their table of positions is interpolated to the model's. Raises
+    UserError where they are of another shape than the model: it says which of its settings differ.
     """
     check_initial(path)
     if Path(path).is_dir():
@@ -91,11 +94,16 @@ def initial_weights(
         heads = config.heads if config.width % HEAD_DIM else None
         model = load_maskdm(path, "model" if weights == "raw" else weights, heads)
     found = model.config
-    compared = "image_size channels patch width blocks heads mlp_ratio qkv_bias time_mlp classes".split()
+    compared = "channels patch width blocks heads mlp_ratio qkv_bias time_mlp classes position".split()
     differing = [name for name in compared if getattr(found, name) != getattr(config, name)]
     if differing:
         pairs = ", ".join(f"{name} is {getattr(found, name)}, not {getattr(config, name)}" for name in differing)
         raise UserError(f"{path} does not fit the model to be trained: its {pairs}; set model.* to match it")
+    if found.image_size != config.image_size:
+        model = model.resized(config.image_size)
+        sizes = f"{found.image_size} to {config.image_size} pixels"
+        what = "has no positions: taken" if found.position == "none" else "positions interpolated"
+        say(f"{path}: {what} from {sizes}")
     return model.state_dict()
 
 

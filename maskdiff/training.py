@@ -113,7 +113,7 @@ class _Training:
             torch.manual_seed(config.seed)
             self.model = UViT(config.model)
         if config.init is not None and not resume:
-            self.model.load_state_dict(initial_weights(config.init, config.init_weights, config.model))
+            self.model.load_state_dict(initial_weights(config.init, config.init_weights, config.model, Progress.say))
         self.model.to(self.device)
         if config.compile:
             self.model.compile_blocks()

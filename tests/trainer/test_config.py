@@ -233,7 +233,7 @@ OTHER = {
              "crop": "c", "subset": "9", "heldout": 0.5, "reading": "mapped"},
     "model": {
         "image_size": 30, "channels": 1, "patch": 5, "width": 24, "blocks": 7, "heads": 3, "mlp_ratio": 2.0,
-        "qkv_bias": True, "time_mlp": True, "classes": [4, 2], "init": "authors",
+        "qkv_bias": True, "time_mlp": True, "classes": [4, 2], "position": "none", "init": "authors",
     },
     "diffusion": {
         "schedule": "shifted-cosine", "shift": 2.0, "timesteps": 99, "target": "x0", "min_snr": None, "v_loss": 4.0,

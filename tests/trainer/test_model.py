@@ -53,6 +53,7 @@ def gradients(model, out, upstream):
 CONFIGS = {
     "plain": ModelConfig(image_size=32, width=64, blocks=5, heads=2),
     "labelled": ModelConfig(image_size=32, width=64, blocks=5, heads=2, classes=(3, 4), qkv_bias=True, time_mlp=True),
+    "no positions": ModelConfig(image_size=32, width=64, blocks=3, heads=2, classes=(3, 4), position="none"),
     "one block": ModelConfig(image_size=8, channels=1, patch=2, width=32, blocks=1, heads=1, mlp_ratio=2.5),
 }
 
@@ -257,6 +258,21 @@ def test_predict_sees_nothing_of_hidden_patches_and_its_patches_in_any_order():
     torch.testing.assert_close(model.predict(images, t, keep_ids=ids.flip(1)), out.flip(1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("position", ["none", "learned"])
+def test_without_positions_patches_are_a_set(position):
+    model = shaken(dataclasses.replace(CONFIGS["no positions"], position=position)).double()
+    x, t, label, ids = inputs(model.config, 9)
+    x, order = x.double(), torch.randperm(9, generator=torch.Generator().manual_seed(3))
+    out = model(x, t, label, ids)
+    equal = [
+        torch.allclose(model(x[:, order], t, label, ids), out[:, order], rtol=0, atol=1e-12),
+        torch.allclose(model(x, t, label, (ids + 1) % model.config.patches), out, rtol=0, atol=1e-12),
+    ]
+    assert equal == [position == "none"] * 2
+    assert len(model.position) == 2 + (0 if position == "none" else model.config.patches)  # the label's, the time's
+    assert len(model.resized(16).position) == 2 + (0 if position == "none" else 16)
+
+
 def test_patchify_puts_values_in_the_order_row_column_channel():
     images = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
     patches = patchify(images, 2)
@@ -382,6 +398,7 @@ def test_starting_on_another_device_leaves_the_label_rows_usable():
         ({"width": 66, "heads": 1}, "divisible by 4"),
         ({"heads": 0}, "model.heads must be at least 1"),
         ({"init": "xavier"}, "'fan-in' or 'authors'"),
+        ({"position": "sincos"}, "'learned' or 'none'"),
         ({"classes": (3, 0)}, "at least one value"),
     ],
 )

@@ -3,6 +3,7 @@
 import math
 import os
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -313,3 +314,28 @@ def test_initial_weights_come_from_runs_and_from_files(run, tmp_path):
         initial_weights(path, "raw", ModelConfig(image_size=16, width=WIDTH, blocks=5, heads=4))
     with pytest.raises(UserError, match="classes is .3,., not .."):
         initial_weights(folder, "ema", ModelConfig(width=32, blocks=3, heads=1))
+
+
+def test_initial_weights_of_another_image_size_are_interpolated(run):
+    folder, state = run
+    config, said = state.model.config, []
+    larger = replace(config, image_size=48)
+    weights = initial_weights(folder, "raw", larger, said.append)
+    assert said == [f"{folder}: positions interpolated from 32 to 48 pixels"]
+    expected = state.model.resized(48).state_dict()
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+    UViT(larger).load_state_dict(weights)
+    with pytest.raises(UserError, match=r"patch is 4, not 8; set") as caught:
+        initial_weights(folder, "raw", replace(larger, patch=8), said.append)
+    assert "image_size" not in str(caught.value) and len(said) == 1
+    with pytest.raises(UserError, match="position is learned, not none; set"):
+        initial_weights(folder, "raw", replace(config, position="none"))
+
+
+def test_weights_without_positions_fit_any_image_size(tmp_path):
+    config = Config(model=ModelConfig(width=32, blocks=3, heads=1, position="none"))
+    state = FlatState(UViT(config.model), OptimConfig())
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint.save(tmp_path, 7, state.tensors(), {"sample": 56, "config": config_to_dict(config)}, keep=1)
+    weights = initial_weights(tmp_path, "raw", replace(config.model, image_size=64))
+    assert all(torch.equal(weights[name], p) for name, p in state.model.named_parameters())
