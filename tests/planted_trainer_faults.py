@@ -37,6 +37,7 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("F.embedding(keep_ids, patch_rows)", "patch_rows[: keep_ids.shape[1]]"),
             ("cut.permute(0, 2, 4, 3, 5, 1)", "cut.permute(0, 2, 4, 5, 3, 1)"),
             ("there.any(1, keepdim=True)", "there.all(1, keepdim=True)"),
+            ('config.patches if config.position == "learned" else 0', "config.patches"),
         ),
     ),
     (
@@ -117,6 +118,7 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("(step + 1) / stage.warmup", "step / stage.warmup"),
             ("            batch -= 1", "            break"),
             (" if batch % size == 0]", "]"),
+            ("(stage.warmup + 1) / length", "stage.warmup / length"),
         ),
     ),
     (
@@ -144,6 +146,12 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     ("maskdiff/training.py", trainer("micro_batches"), (("if plan.asked != asked:", "if False:"),)),
+    ("maskdiff/pretrained.py", trainer("pretrained"), (("model = model.resized(config.image_size)", "pass"),)),
+    (
+        "maskdiff/training.py",
+        (*trainer("training"), "-k", "budget"),
+        (("(now.steps, now.minutes) != (before.steps, before.minutes)", "now != before"),),
+    ),
     ("maskdiff/presets.py", trainer("presets"), (("lr1e-5 w5000", "lr1e-4 w5000"),)),
     (
         "maskdiff/flops.py",
