@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from maskdiff_kernels import Mask
 
+from . import durations
 from .errors import UserError
 from .masking import SMALLEST_GROUP, mean_visible, number_text, parse_mask, resolve, with_mask
 
@@ -59,13 +60,9 @@ class Stage:
         return max(1, math.ceil(self.minutes * 60e3 / step_ms))
 
 
-_UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}  # minutes
-
-
 def minutes_of(time: float | str) -> float:
-    """Minutes of a time budget: 90s, 30m, 2h, or a number of minutes. Raises UserError for what is none."""
-    found = re.fullmatch(_FLOAT + "([smh]?)", str(time))
-    minutes = float(found[1]) * _UNITS[found[2] or "m"] if found else 0.0
+    """Minutes of a time budget: 90s, 30m, 1h30m, or a number of minutes. Raises UserError for what is none."""
+    minutes = durations.seconds(time, "time_budget") / 60 if isinstance(time, str) else time
     if not 0 < minutes <= 2**40:
         raise UserError(f"time_budget is {time}; give a time above 0: 2h, 30m, 90s, or minutes")
     return minutes

@@ -22,6 +22,7 @@ from . import capture, checkpoint, data, flops, loggers, masking, measure, memor
 from .config import Config, check_new_run, config_to_dict, load_config
 from .diffusion import Diffusion
 from .durable import write_json
+from .durations import words
 from .errors import UserError
 from .model import UViT
 from .optim import FlatState, Hyper, kernels
@@ -29,7 +30,6 @@ from .pretrained import check_initial, initial_weights
 from .runlog import DeviceScalars, Logs, Progress
 from .stages import fit, learning_rate, micro_batch, micro_batches, minutes_of, share_time, tokens_of
 from .step import Objective, Source, batch_loss, draw
-from .watch import duration
 
 HELDOUT_SAMPLES = 512
 MAX_SKIPS = 20  # steps in a row with a gradient that is not finite, before the run is given up
@@ -318,11 +318,11 @@ class _Training:
         planned = [dataclasses.replace(plan, steps=steps) for plan, steps in zip(plans, lengths, strict=True)]
         self.plans = dict(enumerate(planned))
         parts = [
-            f"{plan.steps} steps of {stage.mask} ({duration(plan.steps * plan.step_ms / 1e3)})"
+            f"{plan.steps} steps of {stage.mask} ({words(plan.steps * plan.step_ms / 1e3)})"
             for stage, plan in zip(self.config.stages, planned, strict=True)
         ]
-        words = f"{duration(60 * minutes)} of training, without what samples and checkpoints take"
-        Progress.say(f"{', then '.join(parts)}: {words}")
+        total = f"{words(60 * minutes)} of training, without what samples and checkpoints take"
+        Progress.say(f"{', then '.join(parts)}: {total}")
 
     def _micro(self, steps: capture.Steps, index: int) -> int:
         """Images that a stage takes at a time, found by trying where it asks for that."""

@@ -175,7 +175,7 @@ def test_micro_batches_are_equal_parts_of_whole_groups():
 
 
 def test_a_time_budget_is_shared_as_the_stages_say():
-    assert [minutes_of(time) for time in ("90s", "30m", "1.5h", "7", 7.5)] == [1.5, 30, 90, 7, 7.5]
+    assert [minutes_of(time) for time in ("90s", "30m", "1h30m", 7.5)] == [1.5, 30, 90, 7.5]
     stages, step_ms = parse_stages("patch:0.75 x600 w50, dense x300, block2:0.5 0.5m"), [50.0, 200.0, 7.0]
     lengths = share_time(stages, step_ms, 4.0)  # 30, 60 and 30 s by themselves: twice that
     assert lengths == [1200, 600, int(60e3 / 7)]
