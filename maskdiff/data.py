@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from maskdiff.faces import STYLES, FaceSource
 from maskdiff.packing.check import checked
 from maskdiff.packing.look import Look
 from maskdiff.packing.manifest import IMAGES, Manifest, is_packed
-from maskdiff.packing.sources import KINDS, Options, exists, open_source
+from maskdiff.packing.sources import KINDS, Options, exists, lowest, open_source
 from maskdiff.packing.writer import Source, check_geometry, locked, pack
 from maskdiff_kernels import Store
 
@@ -95,13 +95,14 @@ def prepare(
     """Opens data of any kind: "faces:N", "faces-b:N", "digits", any source of pictures, or a packed set.
 
     All but a packed set is packed into the cache the first time, under a key of its content and of how it is packed.
-    A packed set is taken as it is, with its own crop, background, subset and held-out images: others are an error.
+    A packed set is taken as it is, with its own crop, background and held-out images: others are an error. A subset of
+    it is one of its training images.
     Raises UserError where there is no usable image, and for sizes that do not fit.
     """
     check_geometry(image_size, patch)
     path = Path(spec)
     if path.is_dir() and is_packed(path):
-        for key, given in (("crop", crop != "centre"), ("subset", subset), ("background", background != "white")):
+        for key, given in (("crop", crop != "centre"), ("background", background != "white")):
             if given:
                 raise UserError(f"data.{key}: {str(spec)!r} is packed already; pack its pictures again with --{key}")
         packed = open_packed(path, patch)
@@ -110,7 +111,7 @@ def prepare(
                 f"{str(spec)!r} holds images of {packed.image_size} px, the model wants {image_size}; "
                 f"give --model.image-size {packed.image_size}, or pack its pictures with --image-size {image_size}"
             )
-        return packed
+        return packed if subset is None else _part(packed, subset)
     source = source_of(str(spec), Options(Look(crop, background=background), subset=subset))
     recipe = [source.recipe(), image_size, patch, heldout]
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
@@ -129,6 +130,13 @@ def prepare(
             shutil.rmtree(target, ignore_errors=True)
         pack(source, target, image_size, patch, heldout, workers)
     return open_packed(target, patch)
+
+
+def _part(packed: PackedSet, subset: str) -> PackedSet:
+    """A packed set with fewer training images: the same ones every time, each subset within every larger one."""
+    ids = packed.train_ids
+    chosen = lowest((b"%d" % number for number in ids.tolist()), len(ids), subset, str(packed.path))
+    return replace(packed, train_ids=ids[torch.from_numpy(chosen)], hash=f"{packed.hash}-{len(chosen)}")
 
 
 def source_of(spec: str, options: Options) -> Source:

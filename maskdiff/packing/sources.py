@@ -4,7 +4,7 @@ import hashlib
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -130,6 +130,16 @@ def _subset(reader: Reader, wanted: str | None) -> np.ndarray:  # [.] int64, asc
     """The pictures whose names hash lowest: the same ones every time, each subset within every larger one."""
     if wanted is None:
         return np.arange(reader.count)
+    return lowest((name.encode("utf-8", "surrogatepass") for name in reader.names()), reader.count, wanted, reader.name)
+
+
+def lowest(
+    marks: Iterable[bytes],  # count of them, one for each picture
+    count: int,
+    wanted: str,  # "3000" or "10%"
+    name: str,  # of the source
+) -> np.ndarray:  # [.] int64, ascending
+    """So many pictures, those whose marks hash lowest. Raises UserError for what is no part of them."""
     share = wanted.removesuffix("%")
     try:
         number = float(share) if share != wanted else int(share)
@@ -137,10 +147,8 @@ def _subset(reader: Reader, wanted: str | None) -> np.ndarray:  # [.] int64, asc
         number = 0
     if not 0 < number <= (100 if share != wanted else 2**63):
         raise UserError(f"subset {wanted!r} is no part of the pictures; give a number of them, or a share such as 10%")
-    count = max(1, round(reader.count * number / 100)) if share != wanted else int(number)
-    if count > reader.count:
-        raise UserError(f"subset {wanted}: there are only {reader.count:,} pictures in {reader.name!r}")
-    digests = b"".join(
-        hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest() for name in reader.names()
-    )
-    return np.sort(np.argsort(np.frombuffer(digests, ">u8"), kind="stable")[:count])
+    some = max(1, round(count * number / 100)) if share != wanted else int(number)
+    if some > count:
+        raise UserError(f"subset {wanted}: there are only {count:,} pictures in {name!r}")
+    digests = b"".join(hashlib.blake2b(mark, digest_size=8).digest() for mark in marks)
+    return np.sort(np.argsort(np.frombuffer(digests, ">u8"), kind="stable")[:some])

@@ -39,11 +39,23 @@ def packed(tmp_path):
 
 @pytest.mark.parametrize("change", [{"crop": "celeba64"}, {"subset": "10%"}, {"background": "black"}])
 def test_what_is_packed_or_made_here_takes_no_options(packed, change):
-    with pytest.raises(UserError, match=f"data.{next(iter(change))}: .*is packed already"):
-        prepare(packed, 10, 5, **change)
+    if "subset" not in change:
+        with pytest.raises(UserError, match=f"data.{next(iter(change))}: .*is packed already"):
+            prepare(packed, 10, 5, **change)
     for spec in ("faces:20", "digits"):
         with pytest.raises(UserError, match=f"'{spec}' is made here as it is"):
             prepare(spec, 32, 4, **change)
+
+
+def test_a_subset_of_a_packed_set_is_one_of_its_training_images(tmp_path):
+    pack(open_source(str(pictures(tmp_path / "many", 40, 10)), Options()), tmp_path / "set", 10, 5, heldout=0.3)
+    whole, half, few = (prepare(tmp_path / "set", 10, 5, subset=subset) for subset in (None, "50%", "3"))
+    ids = [set(one.train_ids.tolist()) for one in (whole, half, few)]
+    assert ids[0] > ids[1] > ids[2] and [len(one) for one in ids[1:]] == [round(len(ids[0]) / 2), 3]
+    assert half.train_ids.diff().min() > 0 and torch.equal(half.heldout_ids, whole.heldout_ids)
+    assert len({one.hash for one in (whole, half, few)}) == 3
+    with pytest.raises(UserError, match="there are only"):
+        prepare(tmp_path / "set", 10, 5, subset="40")
 
 
 def test_images_are_the_pictures(packed):
