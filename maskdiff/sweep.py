@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,7 +154,7 @@ def _settled(asked: argparse.Namespace, rest: list[str], saved: dict[str, Any] |
 
 def _planned(path: Path, chosen: dict[str, Any], saved: dict[str, Any] | None) -> tuple[dict[str, Any], Times]:
     """The whole plan: of a study that has begun, with its cells as they are and new ones behind."""
-    config = _config(chosen["rest"])
+    config = _config(path, chosen["rest"])
     packed = study.packed_of(config)
     courses = _courses(chosen, config)
     if saved is not None and chosen["longer"] is not None:
@@ -168,7 +167,6 @@ def _planned(path: Path, chosen: dict[str, Any], saved: dict[str, Any] | None) -
     masks = plan.masks_of(courses)
     times = _times(path, config, packed, masks, tokens, sampler, extractor, chosen["rounds"])
     points = sorted({_share(word, "--points") for word in chosen["points"].split(",")} | {1.0})
-    device = precision.resolve_device(config.device)
     made: dict[str, Any] = {
         "format": study.FORMAT,
         "kind": "sweep",
@@ -178,7 +176,7 @@ def _planned(path: Path, chosen: dict[str, Any], saved: dict[str, Any] | None) -
         "model": config_to_dict(config.model),
         "preset": config.preset,
         "tokens": tokens,
-        "precision": str(precision.resolve_precision(config.precision, device)).removeprefix("torch."),
+        "precision": config.precision,
         "threads": chosen["threads"],
         "extractor": {"name": extractor.name, "digest": extractor.digest, "title": extractor.title},
         "features": None if chosen["features"] is None else str(chosen["features"]),
@@ -227,9 +225,22 @@ def _planned(path: Path, chosen: dict[str, Any], saved: dict[str, Any] | None) -
     return {**made, **kept, "cells": [*saved["cells"], *added]}, times
 
 
-def _config(rest: list[str]) -> Config:
-    """What maskdiff.train would train with such options; the stages of its preset are the pattern of all."""
-    return options.parse([*rest, "--out", os.devnull + "/none"]).config
+def _config(path: Path, rest: list[str]) -> Config:
+    """What maskdiff.train would train with such options; the stages of its preset are the pattern of all.
+
+    The precision is settled, so that cells on other machines have the same.
+    """
+    command = options.parse([*rest, "--out", str(path / "cell")])
+    if command.text is not None or command.resume:
+        raise UserError(f"maskdiff.sweep does not take {' '.join(rest)}: give options that say what to train")
+    config = dataclasses.replace(command.config, out="")
+    for key in ("max_steps", "time_budget"):
+        if getattr(config, key) is not None:
+            raise UserError(
+                f"--{key.replace('_', '-')}: the lengths of a study's cells follow from --seconds or --budget"
+            )
+    dtype = precision.resolve_precision(config.precision, precision.resolve_device(config.device))
+    return dataclasses.replace(config, precision="bf16" if dtype == torch.bfloat16 else "fp32")
 
 
 def _name(config: Config) -> str:

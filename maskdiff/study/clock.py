@@ -118,7 +118,7 @@ def measured(
     return Times(
         machine=measure.machine(device),
         commit=measure.commit(),
-        precision=str(dtype).removeprefix("torch."),
+        precision="bf16" if dtype == torch.bfloat16 else "fp32",
         rounds=rounds,
         rows=rows,
         sampling_images_per_s=few / drawing * 2 / evaluations,
