@@ -1,5 +1,6 @@
 """The charts of a study's report, made with Altair: the same for the page and for the picture."""
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,17 @@ class Figure:
         )
         return dict(chart.to_dict())
 
+    def for_picture(self, alt: Any) -> Any:
+        """The chart in a size of its own, its title above and its legend below, where it has one of several names."""
+        chart = self.chart.properties(width=430, height=self.height, title=alt.Title(self.title))
+        if len(self.keys) < 2 and self.keys:
+            chart = chart.copy(deep=True)
+            for layer in chart.layer:
+                for channel in ("color", "strokeDash"):
+                    if isinstance(layer.encoding[channel], alt.Color | alt.StrokeDash):
+                        layer.encoding[channel].legend = None
+        return chart
+
 
 def _altair() -> Any:
     try:
@@ -101,19 +113,17 @@ def javascript() -> str:
 def picture(figures: Sequence[Figure], title: Sequence[str], across: int = 2) -> bytes:
     """The charts side by side with a title of so many lines, as PNG."""
     import vl_convert
+    from PIL import Image
 
     alt = _altair()
-    charts = [
-        one.chart.properties(width=430, height=one.height, title=alt.Title(one.title)).resolve_scale(
-            color="independent", strokeDash="independent", shape="independent"
-        )
-        for one in figures
-    ]
-    rows = [alt.hconcat(*charts[start : start + across], spacing=50) for start in range(0, len(charts), across)]
+    charts = [one.for_picture(alt) for one in figures]
     heading = alt.Title(title[0], subtitle=list(title[1:]), fontSize=19, subtitleFontSize=14, subtitleColor=INK)
-    whole = alt.vconcat(*rows, spacing=30).properties(title=heading, padding=24).configure(**CONFIG)
+    whole = alt.concat(*charts, columns=across, spacing=40).properties(title=heading, padding=24).configure(**CONFIG)
     whole = whole.resolve_scale(color="independent", strokeDash="independent", shape="independent")
-    return bytes(vl_convert.vegalite_to_png(json.dumps(whole.to_dict()), scale=1.5))
+    drawn = vl_convert.vegalite_to_png(json.dumps(whole.to_dict()), scale=1.5)
+    small = io.BytesIO()
+    Image.open(io.BytesIO(drawn)).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def keys_of(groups: Sequence[Group]) -> list[Key]:
@@ -194,14 +204,10 @@ def curves(
         "x:Q",
         title=f"training time, {unit}" if unit else AXIS_TITLES[axis],
         scale=alt.Scale(zero=True, nice=False),
-        axis=alt.Axis(grid=False, tickCount=5, format="~s" if axis != "seconds" else "~g"),
+        axis=alt.Axis(grid=False, tickCount=5, format="~s" if axis != "seconds" else ""),
     )
-    y = alt.Y(
-        "y:Q",
-        title=says,
-        scale=alt.Scale(type="log" if log else "linear", domain=[least, most], nice=False, clamp=True),
-        axis=alt.Axis(tickCount=5, format="~g"),
-    )
+    y_scale = alt.Scale(type="log" if log else "linear", domain=[least, most], nice=False, clamp=True)
+    y = alt.Y("y:Q", title=says, scale=y_scale, axis=alt.Axis(tickCount=5))
     scales = _scales(alt, keys)
     base = alt.Chart(alt.Data(values=data))
     tips = [
@@ -212,15 +218,18 @@ def curves(
         alt.Tooltip("seeds:Q"),
     ]
     banded = base.transform_filter("isValid(datum.low)").mark_area(opacity=0.13)
-    band = banded.encode(x=x, y=alt.Y("low:Q", title=says), y2="high:Q", color=scales["color"])
+    band = banded.encode(x=x, y=alt.Y("low:Q", title=says, scale=y_scale), y2="high:Q", color=scales["color"])
     line = base.mark_line(strokeWidth=2.2, clip=True).encode(x=x, y=y, **scales)
     dots = base.mark_point(filled=True, size=34, opacity=1).encode(x=x, y=y, color=scales["color"], tooltip=tips)
     return Figure(name, title, note, band + line + dots, height, tuple(keys))
 
 
-def _around(values: Sequence[float]) -> tuple[float, float]:
-    """Ends of an axis a little beyond the values."""
+def _around(values: Sequence[float], ends: Sequence[float | None] = ()) -> tuple[float, float]:
+    """Ends of an axis a little beyond the values; and beyond the ends of their intervals, as far as is reasonable."""
     least, most = min(values), max(values)
+    reach = 0.75 * (most - least)
+    known = [end for end in ends if end is not None]
+    least, most = (max(min([least, *known]), least - reach), min(max([most, *known]), most + reach))
     more = 0.08 * (most - least) or 0.05 * abs(most) or 1.0
     return least - more, most + more
 
@@ -247,14 +256,16 @@ def speed(study: Study) -> Figure | None:
     x = alt.X("percent:Q", title="patches masked, %", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(grid=False))
     y_scale = alt.Scale(type="log", domain=[0.93 * least, 1.1 * most], nice=False)
     y_axis = alt.Axis(values=ticks, labelExpr="datum.value + 'x'")
-    title = "images/s over the dense step's"
+    title = "images/s, the dense step's = 1"
     base = alt.Chart(alt.Data(values=data))
     fixed = base.transform_filter("!datum.range")
     ideal = fixed.mark_line(strokeDash=[3, 3], color="#77777f", strokeWidth=1.5).encode(
         x=x, y=alt.Y("ideal:Q", title=title, scale=y_scale, axis=y_axis), detail="line:N"
     )
     line = fixed.mark_line(strokeWidth=2.2).encode(x=x, y=alt.Y("speed_up:Q", title=title, scale=y_scale), **scales)
-    ends = base.mark_rule().encode(x=x, y=alt.Y("low:Q", title=title), y2="high:Q", color=scales["color"])
+    ends = base.mark_rule().encode(
+        x=x, y=alt.Y("low:Q", title=title, scale=y_scale), y2="high:Q", color=scales["color"]
+    )
     tips = [
         alt.Tooltip("mask:N"),
         alt.Tooltip("speed_up:Q", title="speed-up", format=".2f"),
@@ -295,9 +306,10 @@ def final(study: Study) -> Figure | None:
     dense = study.dense()
     base_values = dense.final("frechet") if dense is not None else []
     shown = [row["y"] for row in seeds] + base_values
-    y_scale = alt.Scale(domain=list(_around(shown)), nice=False, clamp=True)
+    ends = [row[end] for row in means for end in ("low", "high")]
+    y_scale = alt.Scale(domain=list(_around(shown, ends)), nice=False, clamp=True)
     x = alt.X("percent:Q", title="patches masked in pre-training, %", scale=alt.Scale(domain=[0, 100]))
-    y = alt.Y("y:Q", title=study.title, scale=y_scale, axis=alt.Axis(tickCount=5, format="~g"))
+    y = alt.Y("y:Q", title=study.title, scale=y_scale, axis=alt.Axis(tickCount=5))
     layers = []
     if base_values:
         here = mean_interval(base_values)
@@ -305,7 +317,9 @@ def final(study: Study) -> Figure | None:
         flat = alt.Chart(alt.Data(values=[row]))
         if here.low is not None:
             layers.append(
-                flat.mark_rect(color=INK, opacity=0.1).encode(y=alt.Y("low:Q", title=study.title), y2="high:Q")
+                flat.mark_rect(color=INK, opacity=0.1).encode(
+                    y=alt.Y("low:Q", title=study.title, scale=y_scale), y2="high:Q"
+                )
             )
         layers.append(flat.mark_rule(color=INK, strokeWidth=1.8).encode(y=y))
         text = flat.mark_text(align="left", dx=4, dy=-7, color=INK, fontSize=12)
@@ -318,7 +332,9 @@ def final(study: Study) -> Figure | None:
     ]
     banded = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6)
     layers.append(base.mark_line(strokeWidth=2).encode(x=x, y=y, **scales))
-    layers.append(banded.encode(x=x, y=alt.Y("low:Q", title=study.title), y2="high:Q", color=scales["color"]))
+    layers.append(
+        banded.encode(x=x, y=alt.Y("low:Q", title=study.title, scale=y_scale), y2="high:Q", color=scales["color"])
+    )
     layers.append(
         alt.Chart(alt.Data(values=seeds)).mark_point(size=26, opacity=0.55).encode(x=x, y=y, color=scales["color"])
     )
@@ -347,14 +363,10 @@ def differences(title: str, gaps: dict[str, Interval], says: str, name: str = "d
         for key, gap in gaps.items()
     ]
     base = alt.Chart(alt.Data(values=data))
-    means = [gap.mean for gap in gaps.values()] + [0.0]
-    reach = 1.6 * (max(means) - min(means)) or 1.0
-    ends = [end for gap in gaps.values() for end in (gap.low, gap.high) if end is not None]
-    least = max(min([*ends, *means]), min(means) - reach)
-    most = min(max([*ends, *means]), max(means) + reach)
-    more = 0.05 * (most - least) or 1.0
-    scale = alt.Scale(domain=[least - more, most + more], nice=False, clamp=True)
-    axis = alt.Axis(tickCount=4, format="~g")
+    ends = [end for gap in gaps.values() for end in (gap.low, gap.high)]
+    domain = _around([0.0, *(gap.mean for gap in gaps.values())], ends)
+    scale = alt.Scale(domain=list(domain), nice=False, clamp=True)
+    axis = alt.Axis(tickCount=4)
     y = alt.Y("group:N", sort=order, title=None, axis=alt.Axis(grid=False, ticks=False, domain=False, labelPadding=6))
     own = alt.Color("colour:N", scale=None)
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=INK, strokeWidth=1.5).encode(x="zero:Q")
@@ -388,13 +400,13 @@ def trade_off(study: Study) -> Figure | None:
         "speed_up:Q",
         title="images/s over the whole run, dense = 1",
         scale=alt.Scale(domain=list(_around([one["speed_up"] for one in found])), nice=False),
-        axis=alt.Axis(tickCount=5, format="~g"),
+        axis=alt.Axis(tickCount=5),
     )
     y = alt.Y(
         "frechet:Q",
         title=study.title,
         scale=alt.Scale(domain=list(_around([one["frechet"] for one in found])), nice=False),
-        axis=alt.Axis(tickCount=5, format="~g"),
+        axis=alt.Axis(tickCount=5),
     )
     names = [key.name for key in keys]
     shape = alt.Shape(
@@ -463,7 +475,7 @@ def longer(study: Study) -> Figure | None:
         axis=alt.Axis(values=lengths, grid=False, format="~g"),
     )
     scale = alt.Scale(domain=list(_around([row["y"] for row in data])), nice=False)
-    axis = alt.Axis(tickCount=5, format="~g")
+    axis = alt.Axis(tickCount=5)
     scales = _scales(alt, keys, "line")
     base = alt.Chart(alt.Data(values=data))
     mean = base.mark_line(strokeWidth=2.2).encode(
@@ -499,7 +511,7 @@ def reached(rows: Sequence[dict[str, Any]], total: float, says: str) -> Figure |
     ]
     y = alt.Y("group:N", sort=order, title=None, axis=alt.Axis(grid=False, ticks=False, domain=False, labelPadding=6))
     scale = alt.Scale(domain=[0, 1.3 * total / size], nice=False)
-    axis = alt.Axis(tickCount=4, format="~g")
+    axis = alt.Axis(tickCount=4)
     x = alt.X("x:Q", title=f"training time to {says}, {unit}", scale=scale, axis=axis)
     base = alt.Chart(alt.Data(values=data))
     bars = base.mark_bar(height=14).encode(x=x, y=y, color=alt.Color("colour:N", scale=None))
@@ -536,11 +548,13 @@ def by_share(
         "x:Q",
         title="share of the target's images, %",
         scale=alt.Scale(type="log", domain=[0.8 * min(shares), 1.25 * max(shares)], nice=False),
-        axis=alt.Axis(values=shares, grid=False, format="~g"),
+        axis=alt.Axis(values=shares, grid=False),
     )
     means = [row["y"] for row in data]
-    scale = alt.Scale(domain=list(_around(means)), nice=False, clamp=True)
-    axis = alt.Axis(tickCount=5, format="~g")
+    scale = alt.Scale(
+        domain=list(_around(means, [row[end] for row in data for end in ("low", "high")])), nice=False, clamp=True
+    )
+    axis = alt.Axis(tickCount=5)
     y = alt.Y("y:Q", title=says, scale=scale, axis=axis)
     tips = [alt.Tooltip("line:N"), *_interval_tips(alt, says), alt.Tooltip("seeds:Q")]
     base = alt.Chart(alt.Data(values=data))

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..durations import words
+from ..report import named
 from . import charts
 from .charts import Figure, Key
 from .results import Group, Reached, Study, account, run_speed
@@ -135,7 +137,7 @@ def _table(table: Table) -> str:
 def _picture(picture: Picture) -> str:
     note = f"<span>{escape(picture.note)}</span>" if picture.note else ""
     return (
-        f'<figure><img src="{picture.data}" alt="Samples: {escape(picture.name)}" width="{picture.width}" loading="lazy">'
+        f'<figure><img src="{picture.data}" alt="Samples: {escape(picture.name)}" width="{picture.width}">'
         f"<figcaption>{escape(picture.name)}{note}</figcaption></figure>"
     )
 
@@ -177,7 +179,7 @@ def speed_table(steps: Sequence[dict[str, Any]]) -> Table:
     head = ["mask", "patches masked", "images a step", "ms a step", "images/s", "speed-up", "ideal", "of the ideal"]
     rows = [
         [
-            one["mask"],
+            named(one["mask"]),
             f"{one['rate']:.1%}",
             f"{one['batch']}",
             number(one["step_ms"]),
@@ -229,7 +231,7 @@ def time_table(groups: Sequence[Group]) -> Table:
             rows.append(
                 [
                     group.name if place == 0 else "",
-                    stage["mask"],
+                    named(stage["mask"]),
                     f"{stage['steps']:,}",
                     f"{stage['batch']}",
                     f"{stage['tokens']:,}",
@@ -242,11 +244,15 @@ def time_table(groups: Sequence[Group]) -> Table:
 
 
 def with_ends(values: Sequence[float]) -> str:
-    """A mean and half of its interval: "171 ± 4.2"."""
+    """A mean and half of its interval: "171.0 ± 4.2"."""
     if not values:
         return "–"
     here = mean_interval(values)
-    return number(here.mean) + ("" if here.high is None else f" ± {number(here.high - here.mean)}")
+    half = 0.0 if here.high is None else here.high - here.mean
+    if half == 0:
+        return number(here.mean)
+    places = min(6, max(0, 1 - math.floor(math.log10(half))))
+    return f"{here.mean:.{places}f} ± {half:.{places}f}"
 
 
 def gap_says(gap: Interval) -> str:
@@ -261,7 +267,8 @@ def reached_says(found: Reached, total: float, long: bool = False) -> str:
         return "not reached"
     if found.seconds is None:
         return f"by {found.reached} of {found.seeds} seeds"
-    says = f"{'at most ' if found.bound else ''}{words(found.seconds)}"
+    unit, size = charts.unit_of(found.seconds)
+    says = f"{'at most ' if found.bound else ''}{number(found.seconds / size)} {unit}"
     return f"{says} ({total / found.seconds:.2f}x)" if long else says
 
 
@@ -285,7 +292,10 @@ def facts(study: Study) -> list[tuple[str, str]]:
         ("a cell's training time", words(plan["seconds"])),
         ("tokens a step", f"{plan['tokens']:,}, the same for all masks"),
         ("precision", plan["precision"]),
-        ("machine", f"{where}; {plan['threads']} threads a cell; torch {machine.get('torch', 'unknown')}"),
+        (
+            "machine",
+            f"{where}; {plan['threads']} {'thread' if plan['threads'] == 1 else 'threads'} a cell; torch {machine.get('torch', 'unknown')}",
+        ),
         ("commit", plan["commit"] or "unknown"),
         ("judged by", f"{study.title}, extractor {plan['extractor']['name']} {plan['extractor']['digest']}"),
         ("samples judged", f"{plan['count']:,} against the training images"),

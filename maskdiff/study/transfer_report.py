@@ -68,8 +68,8 @@ def said(study: Study) -> tuple[dict[str, Verdict], list[str]]:
     helped = sum(one.outcome == "better" for one in found.values())
     open_ones = sum(one.outcome == "open" for one in found.values())
     headline = (
-        f"Pre-training on another set is told apart as better than training from scratch, at equal time, in {helped} of "
-        f"{len(found)} cases (a target set and a share of its images each)."
+        f"Pre-training on another set is told apart as better than training from scratch, at equal time, in {helped} "
+        f"of {len(found)} cases (a target set and a share of its images each)."
     )
     if open_ones == len(found):
         headline = "No verdict: seeds are too few, or cells not finished, to tell any difference from chance."
