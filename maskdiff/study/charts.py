@@ -40,6 +40,7 @@ CONFIG: dict[str, Any] = {
         "labelFontSize": 11,
         "symbolStrokeWidth": 2.5,
         "symbolType": "stroke",
+        "symbolOpacity": 1,
     },
     "title": {"anchor": "start", "fontSize": 14, "color": INK, "offset": 10},
 }
@@ -345,7 +346,7 @@ def final(study: Study) -> Figure | None:
     return Figure("final", "Quality after equal training time", note, alt.layer(*layers), keys=keys)
 
 
-def differences(title: str, gaps: dict[str, Interval], says: str, name: str = "differences") -> Figure | None:
+def differences(title: str, gaps: dict[str, Interval]) -> Figure | None:
     """Each group's difference from dense, with the interval by which it is judged."""
     if not gaps:
         return None
@@ -367,7 +368,7 @@ def differences(title: str, gaps: dict[str, Interval], says: str, name: str = "d
     domain = _around([0.0, *(gap.mean for gap in gaps.values())], ends)
     scale = alt.Scale(domain=list(domain), nice=False, clamp=True)
     axis = alt.Axis(tickCount=4)
-    y = alt.Y("group:N", sort=order, title=None, axis=alt.Axis(grid=False, ticks=False, domain=False, labelPadding=6))
+    y = _names_axis(alt, order)
     own = alt.Color("colour:N", scale=None)
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=INK, strokeWidth=1.5).encode(x="zero:Q")
     bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2)
@@ -377,14 +378,25 @@ def differences(title: str, gaps: dict[str, Interval], says: str, name: str = "d
         alt.Tooltip("low:Q", title="from", format="+.4~g"),
         alt.Tooltip("high:Q", title="to", format="+.4~g"),
     ]
-    line = bars.encode(y=y, x=alt.X("low:Q", scale=scale, axis=axis, title=says), x2="high:Q", color=own)
+    line = bars.encode(y=y, x=alt.X("low:Q", scale=scale, axis=axis, title="difference"), x2="high:Q", color=own)
     dots = base.mark_point(filled=True, size=60, opacity=1).encode(
-        y=y, x=alt.X("gap:Q", scale=scale, axis=axis, title=says), color=own, tooltip=tips
+        y=y, x=alt.X("gap:Q", scale=scale, axis=axis, title="difference"), color=own, tooltip=tips
     )
     note = (
         "Left of the line is better. Blue: better and told apart; orange: worse and told apart; grey: not told apart."
     )
-    return Figure(name, title, note, zero + line + dots, 40 + 26 * len(order))
+    return Figure("differences", title, note, zero + line + dots, _height(order))
+
+
+def _names_axis(alt: Any, names: Sequence[str]) -> Any:
+    """Groups one below the other, long names in several lines."""
+    lines = "split(datum.label, regexp(', | > '))"
+    axis = alt.Axis(grid=False, ticks=False, domain=False, labelPadding=6, labelExpr=lines, labelOverlap=False)
+    return alt.Y("group:N", sort=list(names), title=None, axis=axis)
+
+
+def _height(names: Sequence[str]) -> int:
+    return 40 + sum(26 + 14 * (name.count(", ") + name.count(" > ")) for name in names)
 
 
 def trade_off(study: Study) -> Figure | None:
@@ -409,9 +421,7 @@ def trade_off(study: Study) -> Figure | None:
         axis=alt.Axis(tickCount=5),
     )
     names = [key.name for key in keys]
-    shape = alt.Shape(
-        "group:N", sort=None, legend=None, scale=alt.Scale(domain=names, range=[key.shape for key in keys])
-    )
+    shape = alt.Shape("group:N", sort=None, scale=alt.Scale(domain=names, range=[key.shape for key in keys]))
     tips = [alt.Tooltip("group:N"), alt.Tooltip("frechet:Q", format=".4~g"), alt.Tooltip("speed_up:Q", format=".3~g")]
     base = alt.Chart(alt.Data(values=found))
     best = base.transform_filter("datum.best")
@@ -493,7 +503,7 @@ def name_at_length(group: Group) -> str:
     return group.name.removesuffix(f", {group.about['length']:g}x as long")
 
 
-def reached(rows: Sequence[dict[str, Any]], total: float, says: str) -> Figure | None:
+def reached(rows: Sequence[dict[str, Any]], total: float) -> Figure | None:
     """How long each group took to the dense run's final value: bars; words where it never came there."""
     if not rows:
         return None
@@ -509,17 +519,17 @@ def reached(rows: Sequence[dict[str, Any]], total: float, says: str) -> Figure |
         }
         for row in rows
     ]
-    y = alt.Y("group:N", sort=order, title=None, axis=alt.Axis(grid=False, ticks=False, domain=False, labelPadding=6))
+    y = _names_axis(alt, order)
     scale = alt.Scale(domain=[0, 1.3 * total / size], nice=False)
     axis = alt.Axis(tickCount=4)
-    x = alt.X("x:Q", title=f"training time to {says}, {unit}", scale=scale, axis=axis)
+    x = alt.X("x:Q", title=f"training time, {unit}", scale=scale, axis=axis)
     base = alt.Chart(alt.Data(values=data))
     bars = base.mark_bar(height=14).encode(x=x, y=y, color=alt.Color("colour:N", scale=None))
     text = base.mark_text(align="left", dx=5, fontSize=12, color=INK).encode(x=x, y=y, text="says:N")
     end = alt.Chart(alt.Data(values=[{"x": total / size}])).mark_rule(color=INK, strokeDash=[3, 3]).encode(x="x:Q")
     note = "The dashed line is the dense run's whole time. Linear between measurements, a mean over seeds."
     title = "Time to the dense run's final quality"
-    return Figure("reached", title, note, bars + end + text, 40 + 26 * len(order))
+    return Figure("reached", title, note, bars + end + text, _height(order))
 
 
 def by_share(

@@ -52,6 +52,7 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     grids: list[Picture] = field(default_factory=list)
     folded: bool = False
+    small: bool = False  # figures three abreast
 
 
 def these(*figures: Figure | None) -> list[Figure]:
@@ -92,8 +93,9 @@ def _inside(value: Any) -> str:
 
 def _section(one: Section) -> str:
     parts = [f"<p>{escape(one.text)}</p>"] if one.text else []
+    kind = " small" if one.small else " single" if len(one.figures) == 1 else ""
     if one.figures:
-        parts.append(f'<div class=figures data-count="{len(one.figures)}">{"".join(map(_figure, one.figures))}</div>')
+        parts.append(f'<div class="figures{kind}">{"".join(map(_figure, one.figures))}</div>')
     parts += [_table(each) for each in one.tables]
     if one.grids:
         parts.append(f"<div class=grids>{''.join(map(_picture, one.grids))}</div>")
@@ -146,7 +148,7 @@ def _missing(names: Sequence[str]) -> str:
     if not names:
         return ""
     listed = ", ".join(names)
-    return f"<details class=missing><summary>{len(names)} cells are missing</summary>{escape(listed)}</details>\n"
+    return f"<details class=missing><summary>Cells missing: {len(names)}</summary>{escape(listed)}</details>\n"
 
 
 def grids(study: Study, groups: Sequence[Group]) -> list[Picture]:
@@ -267,7 +269,7 @@ def reached_says(found: Reached, total: float, long: bool = False) -> str:
         return "not reached"
     if found.seconds is None:
         return f"by {found.reached} of {found.seeds} seeds"
-    unit, size = charts.unit_of(found.seconds)
+    unit, size = charts.unit_of(total)
     says = f"{'at most ' if found.bound else ''}{number(found.seconds / size)} {unit}"
     return f"{says} ({total / found.seconds:.2f}x)" if long else says
 
@@ -282,6 +284,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
     )
     model, sampler = plan["model"], plan["sampler"]
     shape = f"{model['image_size']} px, patch {model['patch']}, width {model['width']}, {model['blocks']} blocks"
+    threads = f"{plan['threads']} thread{'' if plan['threads'] == 1 else 's'} a cell"
     where = machine.get("card") or " ".join(
         str(part) for part in (machine.get("processor"), machine.get("capability")) if part
     )
@@ -294,7 +297,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
         ("precision", plan["precision"]),
         (
             "machine",
-            f"{where}; {plan['threads']} {'thread' if plan['threads'] == 1 else 'threads'} a cell; torch {machine.get('torch', 'unknown')}",
+            f"{where}; {threads}; torch {machine.get('torch', 'unknown')}",
         ),
         ("commit", plan["commit"] or "unknown"),
         ("judged by", f"{study.title}, extractor {plan['extractor']['name']} {plan['extractor']['digest']}"),
@@ -330,16 +333,16 @@ summary{cursor:pointer}
 .verdict{font-size:1.2rem;line-height:1.4}
 .missing{margin:1em 0;color:var(--soft);overflow-wrap:anywhere}
 .figures{display:grid;gap:28px 36px;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr))}
-.figures[data-count="3"]{grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr))}
-.figures[data-count="1"]{max-width:720px}
+.figures.small{grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr))}
+.figures.single{max-width:720px}
 .figures figure{margin:.8em 0 0;min-width:0}
 .chart{width:100%}
 figcaption,.note{font-size:.85rem;color:var(--soft);max-width:75ch}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:2px 14px;margin:0 0 .4em;padding:0;font-size:.85rem}
 .legend svg{margin-right:6px;vertical-align:middle}
 .wide{overflow-x:auto;margin-top:1em}
-table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
-th,td{padding:5px 12px 5px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
+th,td{padding:5px 9px 5px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 thead th{vertical-align:bottom;color:var(--soft);font-weight:normal;white-space:normal;min-width:4.5em}
 tbody th{font-weight:normal}
 th:first-child{text-align:left;position:sticky;left:0;background:#fff;padding-right:16px}

@@ -117,7 +117,7 @@ def _sections(study: Study, said: Said) -> list[page.Section]:
         for axis, says in (("steps", "steps"), ("images", "images seen"), ("flops", "FLOPs"))
     ]
     gaps = all_gaps(study)
-    difference = charts.differences("Difference from dense training", gaps, f"difference of the {study.title}")
+    difference = charts.differences(f"{study.title}: difference from dense training", gaps)
     reached, rows = _reached(study)
     steps = results.speed_ups(study)
     return [
@@ -141,6 +141,7 @@ def _sections(study: Study, said: Said) -> list[page.Section]:
             "Counted in other ways",
             "The same runs at equal steps, images and FLOPs. They say why a mask pays or not; wall-clock time decides.",
             page.these(*other),
+            small=True,
         ),
         page.Section("Longer runs: does the gap close?", _closes(study), page.these(charts.longer(study))),
         page.Section("Samples", _sampling(study), grids=page.grids(study, study.groups)),
@@ -209,7 +210,7 @@ def _reached(study: Study) -> tuple[Figure | None, list[page.Table]]:
         for row in rows
     ]
     note = f"Times until the dense run's values after {words(total)} were reached; in brackets, how many times sooner."
-    return charts.reached(shown, total, "dense quality"), [page.Table(head, cells, note)]
+    return charts.reached(shown, total), [page.Table(head, cells, note)]
 
 
 def _closes(study: Study) -> str:

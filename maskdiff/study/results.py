@@ -149,12 +149,18 @@ def read(path: Path) -> Study:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: a file of the study is damaged ({type(error).__name__}: {error})") from None
-    groups.sort(key=lambda one: (one.about["length"], not one.baseline, bool(one.about["overrides"]), *_order(one)))
+    kinds = [cell.get("kind") for cell in plan["cells"]]
+    groups.sort(
+        key=lambda one: (
+            one.about["length"],
+            not one.baseline,
+            bool(one.about["overrides"]),
+            kinds.index(one.about["kind"]) if one.about["kind"] in kinds else len(kinds),
+            one.rate,
+            -one.about["finetune"],
+        )
+    )
     return Study(path, plan, times, machine, groups)
-
-
-def _order(group: Group) -> tuple[str, float, float]:
-    return str(group.about["kind"]), group.rate, -float(group.about.get("finetune", 0.0))
 
 
 def value_of(row: Row, key: str) -> float | None:

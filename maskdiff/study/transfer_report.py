@@ -135,9 +135,7 @@ def sections(study: Study) -> list[page.Section]:
         for number, target in enumerate(dict.fromkeys(pair.target for pair in found))
         if (of_target := [pair for pair in found if pair.target == target])
     ]
-    differences = charts.differences(
-        "Difference from training from scratch", gaps(study), f"difference of the {study.title}"
-    )
+    differences = charts.differences(f"{study.title}: difference from training from scratch", gaps(study))
     return [
         page.Section(
             "After equal wall-clock time",

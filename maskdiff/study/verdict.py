@@ -113,7 +113,7 @@ def decide(
         gap = better[best]
         near = [key for key in near_best({**groups, name: baseline}) if key not in (best, name)]
         sentence = (
-            f"Pre-train at {best}: after equal training time its {measure} is {number(-gap.mean)} "
+            f"On these images and this machine, pre-train at {best}: after equal training time its {measure} is {number(-gap.mean)} "
             f"({-gap.mean / abs(base):.0%}) below that of {name} ({_ends(-_end(gap.high), -_end(gap.low))}). "
             + (f"It cannot be told apart from {_list(near)}." if near else "It is told apart from all others as well.")
         )

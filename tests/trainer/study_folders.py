@@ -194,3 +194,27 @@ def rich(folder: Path) -> Path:
     known = [(one, None if value is None else value + 2 * float(generator.normal())) for one, value in cells]
     unfinished = known[-1][0]
     return write(folder, [*known[:-1], (unfinished, None)])
+
+
+def transfer(folder: Path, seeds: int = 3) -> Path:
+    """Two sets, pre-trained masked on the other one or from scratch, at three shares of the target's images."""
+    generator = np.random.default_rng(3)
+    known: list[tuple[dict[str, Any], float | None]] = []
+    gain = {1.0: 0.0, 0.1: 12.0, 0.01: 40.0}
+    for seed in range(seeds):
+        for source, target in (("noto", "twemoji"), ("twemoji", "noto")):
+            more = {"source": None, "target": source, "share": 1.0, "baseline": False, "pretrain": None}
+            first = cell("patch", 0.75, seed, 0.0, **more, group=f"{source}, patch 75%, pre-training")
+            known.append((first, 300.0))
+            for share, better in gain.items():
+                about = {"target": target, "share": share, "weights": "ema", "baseline": False}
+                says = f"{target} {100 * share:g}%"
+                scratch = {"source": None, "pretrain": None, "group": f"{says}, from scratch"}
+                tuned = {"source": source, "pretrain": first["name"], "group": f"{says}, pre-trained on {source}"}
+                value = 190 + 30 * (1 - share)
+                known.append((cell("patch", 0.0, seed, **about, **scratch), value))
+                known.append((cell("patch", 0.0, seed, **about, **tuned), value - better))
+    known = [(one, value and value + float(generator.normal())) for one, value in known]
+    sets = {name: {"name": name, "hash": "89ab", "train": 3000, "heldout": 300} for name in ("noto", "twemoji")}
+    title = "What transfers: noto and twemoji"
+    return write(folder, known, kind="transfer", title=title, data=sets, real_frechet={"noto": 6.1, "twemoji": 5.2})
