@@ -273,4 +273,27 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (*trainer("sources"), "-k", "folders_above"),
         (("len(os.path.commonprefix(parts)) if parts else 0", "0"),),
     ),
+    (
+        "maskdiff/study/plan.py",
+        trainer("sweep"),
+        (
+            ("Part(mask, 1 - finetune)", "Part(mask, finetune)"),
+            ("fresh = not first and dense.fresh", "fresh = dense.fresh"),
+            ("min(pattern.warmup, steps // 5)", "pattern.warmup"),
+        ),
+    ),
+    (
+        "maskdiff/study/clock.py",
+        trainer("sweep"),
+        (('old.step_ms("dense") / new.step_ms("dense")', 'new.step_ms("dense") / old.step_ms("dense")'),),
+    ),
+    (
+        "maskdiff/study/cells.py",
+        trainer("sweep"),
+        (
+            ('_after(before, stages[stage], stages[stage]["steps"])', "before"),
+            ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+        ),
+    ),
+    ("maskdiff/study/study.py", trainer("sweep"), (('len(plan["points"]) * each', "each"),)),
 )
