@@ -20,7 +20,7 @@ CODE = sorted(
 )
 KERNELS = [path for path in CODE if path.suffix == ".cu"]
 HEAVY = {"torchmetrics", "diffusers", "sklearn", "matplotlib", "xformers", "apex", "triton", "torchvision", "timm"}
-HEAVY |= {"pyarrow", "datasets", "pandas", "tensorboard", "wandb"}
+HEAVY |= {"pyarrow", "datasets", "pandas", "tensorboard", "wandb", "altair", "vl_convert"}
 OPS = sorted(path.parent.name for path in (ROOT / "kernels" / "ops").glob("*/op.py"))
 
 

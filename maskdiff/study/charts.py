@@ -15,7 +15,7 @@ INK, RULE, ACCENT = "#1b1b1f", "#d9d9de", "#41208f"
 RAMP = ((240, 168, 60), (224, 97, 79), (168, 50, 125), (65, 32, 143))  # low rates to high ones: ever darker
 DISTINCT = ("#41208f", "#d55e00", "#009e73", "#0072b2", "#cc79a7", "#8a6d00")  # told apart by the colour-blind too
 DASHES = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3))
-SHAPES = ("circle", "square", "triangle-up", "diamond")
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 AXIS_TITLES = {"steps": "steps", "images": "images seen", "flops": "training FLOPs"}
 CONFIG: dict[str, Any] = {
     "font": "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif",
@@ -66,6 +66,7 @@ class Figure:
     chart: Any  # an altair chart without size
     height: int = 300
     keys: tuple[Key, ...] = ()
+    dots: bool = False  # drawn as dots, not as lines
 
     def spec(self) -> dict[str, Any]:
         """The Vega-Lite specification for the page: as wide as its place, legend left to the page."""
@@ -128,16 +129,19 @@ def picture(figures: Sequence[Figure], title: Sequence[str], across: int = 2) ->
 
 
 def keys_of(groups: Sequence[Group]) -> list[Key]:
-    """Colours by rate, dashes and shapes by kind; dense is black."""
+    """Colours by rate, dashes and shapes by kind and by whatever else differs; dense is black."""
     kinds = list(dict.fromkeys(one.about["kind"] for one in groups if not one.baseline))
     rates = sorted({one.rate for one in groups if not one.baseline})
-    found = []
+    found: list[Key] = []
+    alike: dict[tuple[str, float], int] = {}  # groups of a kind and rate that differ in something else
     for one in groups:
         if one.baseline:
             found.append(Key(one.name, INK))
             continue
         place = rates.index(one.rate) / max(1, len(rates) - 1)
-        number = kinds.index(one.about["kind"])
+        same = one.about["kind"], one.rate
+        alike[same] = alike.get(same, -1) + 1
+        number = kinds.index(one.about["kind"]) if alike[same] == 0 else len(kinds) - 1 + alike[same]
         found.append(Key(one.name, ramp(place), DASHES[number % len(DASHES)], SHAPES[number % len(SHAPES)]))
     return found
 
@@ -396,7 +400,8 @@ def _names_axis(alt: Any, names: Sequence[str]) -> Any:
 
 
 def _height(names: Sequence[str]) -> int:
-    return 40 + sum(26 + 14 * (name.count(", ") + name.count(" > ")) for name in names)
+    lines = max(1 + name.count(", ") + name.count(" > ") for name in names)
+    return 40 + len(names) * (12 + 14 * lines)
 
 
 def trade_off(study: Study) -> Figure | None:
@@ -431,7 +436,7 @@ def trade_off(study: Study) -> Figure | None:
         x=x, y=y, color=scales["color"], shape=shape, tooltip=tips
     )
     note = "Ringed: nothing else is both faster and better. Lower and further right is better."
-    return Figure("front", "The trade-off", note, line + ring + dots, keys=keys)
+    return Figure("front", "The trade-off", note, line + ring + dots, keys=keys, dots=True)
 
 
 def heat(study: Study) -> Figure | None:

@@ -19,6 +19,16 @@ from .results import Group, Reached, Study, account, run_speed
 from .verdict import Interval, mean_interval, number, signed
 
 PAGE_ONLY = ("by-steps", "by-images", "by-flops")  # figures that the picture leaves out
+MARKS = {  # the shapes of charts, in a box of 14 pixels
+    "circle": "M2 7a5 5 0 1 0 10 0a5 5 0 1 0-10 0",
+    "square": "M2.5 2.5h9v9h-9z",
+    "triangle-up": "M7 2l5.5 10h-11z",
+    "diamond": "M7 1l4.5 6l-4.5 6l-4.5-6z",
+    "cross": "M5 2h4v3h3v4h-3v3h-4v-3h-3v-4h3z",
+    "triangle-down": "M7 12l5.5-10h-11z",
+    "triangle-right": "M12 7l-10 5.5v-11z",
+    "triangle-left": "M2 7l10 5.5v-11z",
+}
 SHARES = ("precision", "recall", "density", "coverage")
 
 
@@ -106,7 +116,11 @@ def _section(one: Section) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    legend = f"<ul class=legend>{''.join(map(_key, figure.keys))}</ul>" if len(figure.keys) > 1 else ""
+    legend = (
+        f"<ul class=legend>{''.join(_key(key, figure.dots) for key in figure.keys)}</ul>"
+        if len(figure.keys) > 1
+        else ""
+    )
     note = f"<figcaption>{escape(figure.note)}</figcaption>" if figure.note else ""
     return (
         f'<figure><h3>{escape(figure.title)}</h3>{legend}<div class=chart data-chart="{escape(figure.name)}" '
@@ -114,7 +128,12 @@ def _figure(figure: Figure) -> str:
     )
 
 
-def _key(key: Key) -> str:
+def _key(key: Key, dot: bool) -> str:
+    if dot:
+        mark = (
+            f'<svg width="14" height="14" aria-hidden="true"><path d="{MARKS[key.shape]}" fill="{key.colour}"/></svg>'
+        )
+        return f"<li>{mark}{escape(key.name)}</li>"
     dash = "" if key.dash == (1, 0) else f' stroke-dasharray="{" ".join(map(str, key.dash))}"'
     return (
         f'<li><svg width="22" height="10" aria-hidden="true"><line x1="0" y1="5" x2="22" y2="5" stroke="{key.colour}" '
@@ -195,10 +214,10 @@ def speed_table(steps: Sequence[dict[str, Any]]) -> Table:
     return Table(head, rows, "Medians, all masks measured in turn on one machine, at equal tokens a step.")
 
 
-def group_table(study: Study, gaps: dict[str, Interval]) -> Table:
-    """All groups with all that was measured at their ends."""
-    dense = study.dense()
-    head = ["group", "seeds", study.title, "against dense", "held-out loss", "KID x 1000", *SHARES, "speed"]
+def group_table(study: Study, gaps: dict[str, Interval], beaten: str = "dense") -> Table:
+    """All groups with all that was measured at their ends; `beaten`: what the differences are from."""
+    dense = study.dense() if study.plan["kind"] == "sweep" else None
+    head = ["group", "seeds", study.title, f"against {beaten}", "held-out loss", "KID x 1000", *SHARES, "speed"]
     rows = []
     for one in study.groups:
         gap = gaps.get(one.name)
@@ -218,10 +237,13 @@ def group_table(study: Study, gaps: dict[str, Interval]) -> Table:
         )
     strong = tuple(place for place, one in enumerate(study.groups) if one.baseline)
     note = (
-        "Means ± half of the 95% interval over seeds. Against dense: the difference with its interval, widened for the "
-        "number of comparisons. Speed: images/s over the whole run, fine-tune included."
+        f"Means ± half of the 95% interval over seeds. Against {beaten}: the difference with its interval, widened for "
+        "the number of comparisons."
     )
-    return Table(head, rows, note, strong)
+    if dense is not None:
+        note += " Speed: images/s over the whole run, fine-tune included."
+    kept = [place for place in range(len(head)) if place == 0 or any(row[place] not in ("", "–") for row in rows)]
+    return Table([head[place] for place in kept], [[row[place] for place in kept] for row in rows], note, strong)
 
 
 def time_table(groups: Sequence[Group]) -> Table:

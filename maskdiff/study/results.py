@@ -195,7 +195,8 @@ def speed_ups(study: Study) -> list[dict[str, Any]]:
                 "ideal": (dense["flops"] / dense["batch"]) / (row["flops"] / row["batch"]),
             }
         )
-    return sorted(found, key=lambda one: (one["kind"] != "dense", one["kind"], one["rate"]))
+    order = ["dense", *(mask.partition(":")[0] for mask in effective)]
+    return sorted(found, key=lambda one: (order.index(one["kind"]), one["rate"]))
 
 
 def run_speed(group: Group, dense: Group) -> float | None:

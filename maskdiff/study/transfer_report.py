@@ -82,7 +82,9 @@ def _short(one: Verdict, measure: str) -> str:
         return one.sentence
     gap = one.differences[one.best]
     amount = f"{verdict.number(abs(gap.mean))} {'below' if gap.mean < 0 else 'above'} training from scratch"
-    ends = "" if gap.low is None or gap.high is None else f" ({page.gap_says(gap)})"
+    ends = ""
+    if gap.low is not None and gap.high is not None:
+        ends = f" (95% interval of the difference {verdict.signed(gap.low)} to {verdict.signed(gap.high)})"
     sure = {
         "better": "told apart as better",
         "none": "not told apart as better",
@@ -139,14 +141,13 @@ def sections(study: Study) -> list[page.Section]:
     return [
         page.Section(
             "After equal wall-clock time",
-            "Every run ends at the same training time; what its time axis counts, pre-training included or not, is "
-            "in the account below.",
+            "Every run ends after the same training time; drawing and judging samples is not counted.",
             page.these(*ends, differences),
         ),
         page.Section(f"Along the way: {study.title}", "Bands: 95% intervals over seeds.", page.these(*along)),
         page.Section("Along the way: held-out loss", "", page.these(*losses)),
         page.Section("Samples", "The first samples of each group's first seed.", grids=page.grids(study, study.groups)),
-        page.Section("All groups", "", tables=[page.group_table(study, gaps(study))]),
+        page.Section("All groups", "", tables=[page.group_table(study, gaps(study), "from scratch")]),
         page.Section(
             "Where the time goes", "Of one cell of each group.", tables=[page.time_table(study.groups)], folded=True
         ),

@@ -113,8 +113,8 @@ def decide(
         gap = better[best]
         near = [key for key in near_best({**groups, name: baseline}) if key not in (best, name)]
         sentence = (
-            f"On these images and this machine, pre-train at {best}: after equal training time its {measure} is {number(-gap.mean)} "
-            f"({-gap.mean / abs(base):.0%}) below that of {name} ({_ends(-_end(gap.high), -_end(gap.low))}). "
+            f"On these images and this machine, pre-train at {best}: after equal training time its {measure} is "
+            f"{number(-gap.mean)} ({-gap.mean / abs(base):.0%}) below that of {name} ({_ends(-_end(gap.high), -_end(gap.low))}). "
             + (f"It cannot be told apart from {_list(near)}." if near else "It is told apart from all others as well.")
         )
         return Verdict("better", best, gaps, near, worse, method, sentence + _worse(worse, name))
@@ -162,7 +162,8 @@ def _worse(worse: list[str], name: str) -> str:
 
 
 def _list(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    comma = "; " if any("," in name for name in names) else ", "  # names may have commas of their own
+    return names[0] if len(names) == 1 else f"{comma.join(names[:-1])}{comma[0] * (comma[0] == ';')} and {names[-1]}"
 
 
 def _shared(count: int) -> float:

@@ -35,7 +35,7 @@ frame.addEventListener("load", () => {
       height: page.document.documentElement.scrollHeight,
       broken: [...page.document.images].filter(each => !each.naturalWidth).length,
       smallest: Math.min(...text.map(each => parseFloat(page.getComputedStyle(each).fontSize))),
-      bold: page.document.querySelectorAll("b.planted, script.planted").length,
+      planted: page.document.querySelectorAll("b.planted, script.planted").length,
       errors,
     });
   }, 100);

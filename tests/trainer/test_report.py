@@ -1,0 +1,148 @@
+"""Reports of studies whose truth is known: the figures, the files, the page in a browser."""
+
+import csv
+import json
+
+import browser
+import pytest
+import study_folders
+from PIL import Image
+
+from maskdiff.errors import UserError
+from maskdiff.study import charts, report, results
+
+NEEDS_BROWSER = pytest.mark.skipif(browser.found() is None, reason="no Chromium here")
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory):
+    """A sweep of all that there is, with names that a page must not take for its own; and its report."""
+    folder = study_folders.rich(tmp_path_factory.mktemp("rich") / "study")
+    hostile = '</script><script class="planted">document.title="taken"</script><b class="planted">'
+    for place in (folder / "study.json", *(folder / "cells").glob("*.json")):
+        text = place.read_text().replace('"patch 50%"', json.dumps(f"patch 50%{hostile}"))
+        place.write_text(text.replace('"emoji.zip"', json.dumps(f"emoji & {hostile}")))
+    return folder, report.write(folder)
+
+
+@pytest.fixture(scope="module")
+def transfer(tmp_path_factory):
+    folder = study_folders.transfer(tmp_path_factory.mktemp("transfer") / "study")
+    return folder, report.write(folder)
+
+
+def test_files_of_a_sweep(rich):
+    folder, paths = rich
+    assert [path.name for path in paths] == ["report.html", "report.png", "report.csv", "report.json"]
+    assert paths[0].stat().st_size < 1.5e6 and Image.open(paths[1]).width > 1200
+    found = json.loads(paths[3].read_text())
+    study = results.read(folder)
+    assert found["verdicts"]["frechet"]["outcome"] == "better" and found["verdicts"]["frechet"]["best"] == "patch 70%"
+    assert found["missing"] == ["patch-70---4x-as-long.seed0"] and "43 of 44 cells" in found["sentences"][1]
+    lines = list(csv.DictReader(paths[2].open()))
+    assert len(lines) == sum(len(group.points()) for group in study.groups)
+    last = [line for line in lines if line["group"] == "patch 70%"][-1]
+    (group,) = (group for group in study.groups if group.name == "patch 70%")
+    values = group.final("frechet")
+    assert float(last["frechet"]) == pytest.approx(sum(values) / 3) and last["seeds"] == "3"
+    assert float(last["frechet_low"]) < min(values) and last["stage"] == "1"
+    names = {group["name"] for group in found["groups"]}
+    assert {"patch 70%, masked only", "patch 70%, position none", "dense, 4x as long"} <= names
+    assert found["differences"]["patch 70%, position none"]["low"] > 0
+
+
+def test_no_distance_is_called_fid_unless_it_is(rich):
+    page = rich[1][0].read_text()
+    assert "FID" not in page.split('<script type="application/json"')[0] and "Frechet distance (builtin)" in page
+
+
+def test_figures_of_a_sweep(tmp_path):
+    """The arithmetic: speed-ups, the front, the time to the dense run's quality."""
+    truth = {0.0: 200.0, 0.5: 150.0, 0.9: 210.0}
+    study = results.read(study_folders.sweep(tmp_path / "study", truth=truth, spread=0.0))
+    dense, half, most = (
+        study_folders.stage("dense", 0, 9),
+        study_folders.stage("", 0.5, 9),
+        study_folders.stage("", 0.9, 9),
+    )
+    found = {one["mask"]: one for one in results.speed_ups(study)}
+    rate = dense["step_ms"] / dense["batch"]  # of an image
+    assert found["patch:0.5"]["speed_up"] == pytest.approx(rate / (half["step_ms"] / half["batch"]))
+    work = dense["flops"] / dense["batch"]
+    assert found["patch:0.9"]["ideal"] == pytest.approx(work / (most["flops"] / most["batch"]))
+    assert {one["group"]: one["best"] for one in results.front(study)} == {
+        "dense": False,
+        "patch 50%": True,
+        "patch 90%": True,
+    }
+    by_name = {group.name: group for group in study.groups}
+    # the distance falls linearly between the judgements at 9 and 12 twelfths
+    rows = by_name["patch 50%"].rows[0]
+    ends = [(row["seconds"], row["scores"]["frechet"]) for row in rows if row["scores"]][1:]
+    middle = (ends[0][1] + ends[1][1]) / 2
+    reached = results.time_to(by_name["patch 50%"], "frechet", middle)
+    assert reached.seconds == pytest.approx((ends[0][0] + ends[1][0]) / 2) and reached.reached == reached.seeds == 3
+    assert results.time_to(by_name["patch 90%"], "frechet", 200.0).reached == 0
+    first = results.time_to(by_name["patch 50%"], "frechet", 1e3)
+    assert first.bound and first.seconds == pytest.approx(rows[5]["seconds"])
+
+
+def test_no_rate_is_recommended_where_all_are_alike(tmp_path):
+    folder = study_folders.sweep(tmp_path / "study", truth=dict.fromkeys(study_folders.TRUTH, 200.0), spread=2.0)
+    said = json.loads(report.write(folder)[3].read_text())
+    assert said["verdicts"]["frechet"]["outcome"] == "none"
+    assert said["sentences"][0].startswith("No rate can be told apart from dense training")
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_study_that_has_hardly_begun(tmp_path, left):
+    folder = study_folders.sweep(tmp_path / "study", seeds=1)
+    for place in sorted((folder / "cells").glob("*.json"))[left:]:
+        place.unlink()
+    (folder / "times.json").unlink()
+    paths = report.write(folder)
+    assert f"{left} of 6 cells" in paths[0].read_text() and "No verdict" in paths[0].read_text()
+    assert Image.open(paths[1]).width > 300
+
+
+def test_transfer_says_where_it_pays(transfer):
+    found = json.loads(transfer[1][3].read_text())
+    outcomes = {key: one["outcome"] for key, one in found["verdicts"].items()}
+    assert outcomes == {
+        f"{target}, {share}% of the images": "none" if share == "100" else "better"
+        for target in ("noto", "twemoji")
+        for share in ("100", "10", "1")
+    }
+    assert "in 4 of 6 cases" in found["sentences"][0] and len(found["sentences"]) == 8
+    lines = list(csv.DictReader(transfer[1][2].open()))
+    assert {(line["source"], line["target"], line["share"]) for line in lines} >= {("noto", "twemoji", "0.01")}
+
+
+@NEEDS_BROWSER
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("kind", ["rich", "transfer"])
+def test_in_a_browser(kind, width, request):
+    folder, paths = request.getfixturevalue(kind)
+    said = browser.look(paths[0], width)
+    assert said["drawn"] == said["charts"] >= 14 and said["empty"] == []
+    assert said["errors"] == [] and said["console"] == []
+    assert said["overflow"] == 0 and said["wide"] == [] and said["cut"] == []
+    assert said["broken"] == 0 and said["smallest"] >= 11
+    assert said["planted"] == 0
+
+
+def test_the_page_fetches_nothing(rich):
+    page = rich[1][0].read_text()
+    own = page.replace(charts.javascript(), "")
+    assert "src=" not in own.replace('src="data:image/webp', "") and "<link" not in own.replace(
+        '<link rel="icon" href="data:', ""
+    )
+
+
+def test_what_is_no_study(tmp_path):
+    with pytest.raises(UserError, match="is no study: it has no study.json"):
+        report.write(tmp_path)
+    folder = study_folders.sweep(tmp_path / "study", seeds=1)
+    (folder / "cells" / "dense.seed0.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        report.write(folder)
