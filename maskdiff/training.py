@@ -107,7 +107,7 @@ class _Training:
             config.data.subset,
             heldout=config.data.heldout,
         )
-        self.config = config = _fit_to_data(config, packed)
+        self.config = config = fit_to_data(config, packed)
         self.fits = [fit(stage, config.model.grid, config.model.extras) for stage in config.stages]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -521,7 +521,7 @@ class _Training:
         logs.picture(self.state.step, sheet)
 
 
-def _fit_to_data(config: Config, packed: data.PackedSet) -> Config:
+def fit_to_data(config: Config, packed: data.PackedSet) -> Config:
     """Gives the model the classes that the data has, if it is to take labels."""
     if packed.channels != config.model.channels:
         raise UserError(

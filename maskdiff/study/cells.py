@@ -131,7 +131,7 @@ def run(
 def _rows(out: Path, cell: Cell, scores: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row wherever something but the training loss was measured."""
     stages, rows = cell["stages"], []
-    before = dict.fromkeys(("images", "tokens", "flops", "seconds"), 0.0)
+    before = dict.fromkeys(("images", "tokens", "flops", "seconds"), 0.0) | cell.get("before", {})  # pre-training
     stage = first = 0
     losses: list[float] = []
     for line in (out / METRICS).read_text().splitlines():

@@ -5,7 +5,7 @@ A cell's own clock would tell how busy the machine was. So a cell's time is its 
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,13 @@ class Times:
     def save(self, path: Path) -> None:
         write_json(path, {"steps" if key == "rows" else key: value for key, value in dataclasses.asdict(self).items()})
 
+    def at(self, size: int) -> "Times":
+        """Of steps on images of another size alone, by their mask: see `measured`."""
+        rows = [
+            {**row, "mask": row["mask"].removesuffix(_at(size))} for row in self.rows if row["mask"].endswith(_at(size))
+        ]
+        return replace(self, rows=rows)
+
     @classmethod
     def load(cls, path: Path) -> "Times":
         """Raises UserError for what is no such file."""
@@ -60,6 +67,16 @@ class Times:
             return cls(**{"rows" if key == "steps" else key: value for key, value in values.items()})
         except (ValueError, TypeError, AttributeError):
             raise UserError(f"{path} is damaged: remove it, and the study's times are measured anew") from None
+
+
+def sized(mask: str, config: Config, usual: Config) -> str:
+    """The name under which a mask's step is measured: its own, with the size where the images are of another."""
+    size = config.model.image_size
+    return mask if size == usual.model.image_size else mask + _at(size)
+
+
+def _at(size: int) -> str:
+    return f" at {size} px"
 
 
 def measured(
@@ -71,44 +88,26 @@ def measured(
     extractor: Extractor,
     rounds: int = 15,
     say: Callable[[str], None] = print,
+    others: Sequence[tuple[Config, PackedSet]] = (),  # of other image sizes; a mask of theirs is named by `sized`
 ) -> Times:
     """Times a training step of each mask, one of each a round, and how fast samples are drawn and judged."""
     device = precision.resolve_device(config.device)
     dtype = precision.resolve_precision(config.precision, device)
     if device.type == "cpu":
         precision.keep_freed_memory()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = UViT(config.model).to(device)
-    if config.compile:
-        model.compile_blocks()
-    state = FlatState(model, config.optim, dtype)
-    diffusion = Diffusion(config.diffusion)
-    table = Diffusion(config.diffusion).to(device)
-    reading = resolve(packed.store, device, config.data.reading)
-    labels = packed.labels.to(device) if config.model.classes else None
-    objective = Objective(
-        table.alpha_sigma, table.weight, config.diffusion.target, config.data.flip, config.data.label_dropout
-    )
-    source = Source(reading.store, packed.train_ids.to(device), labels)
-    seed = torch.zeros(1, dtype=torch.int64, device=device)
-    steps = capture.Steps(state, source, objective, seed, config.capture, say, reading.mode == "ahead")
-    fits = {mask: fit(Stage(mask, batch=None, tokens=tokens), config.model.grid, config.model.extras) for mask in masks}
+    steppers = [_Stepper(one, images, config, masks, tokens, say) for one, images in [(config, packed), *others]]
     samples: dict[str, list[float]] = {mask: [] for mask in masks}
-    hyper = Hyper(0.0, 1.0)
-    for batch, mask in fits.values():
-        steps.prepare(mask, batch)
     for turn in range(rounds + 1):
-        for name, (batch, mask) in fits.items():
-            taken = measure.seconds(partial(steps, mask, batch, hyper), device)
-            if turn:  # the first round warms caches and allocator
-                samples[name].append(1e3 * taken)
+        for stepper in steppers:
+            for name in stepper.fits:
+                taken = measure.seconds(partial(stepper.step, name), device)
+                if turn:  # the first round warms caches and allocator
+                    samples[name].append(1e3 * taken)
     rows = []
-    for name, (batch, mask) in fits.items():
+    for name, row in [pair for stepper in steppers for pair in stepper.sizes().items()]:
         p20, p50, p80 = measure.quantiles(samples[name])
-        work = batch * flops.step_flops(config.model, mask.counts)
-        size = {"batch": batch, "tokens": tokens_of(mask, batch, config.model.extras), "flops": work}
-        rows.append({"mask": name, "p20": p20, "p50": p50, "p80": p80, **size})
+        rows.append({"mask": name, "p20": p20, "p50": p50, "p80": p80, **row})
+    model, diffusion = steppers[0].model, Diffusion(config.diffusion)
     cast_products(model, dtype)
     few = min(64, 8 if device.type == "cpu" else 64)
     images = sampling.sample(model, diffusion, few, steps=2, batch=few)
@@ -124,6 +123,61 @@ def measured(
         sampling_images_per_s=few / drawing * 2 / evaluations,
         features_images_per_s=few / judging,
     )
+
+
+class _Stepper:
+    """Training steps on one set of images, of each mask that is named for its size."""
+
+    def __init__(
+        self,
+        config: Config,
+        packed: PackedSet,
+        usual: Config,
+        masks: list[str],
+        tokens: int,
+        say: Callable[[str], None],
+    ) -> None:
+        device = precision.resolve_device(config.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model = UViT(config.model).to(device)
+        if config.compile:
+            self.model.compile_blocks()
+        self.config = config
+        state = FlatState(self.model, config.optim, precision.resolve_precision(config.precision, device))
+        table = Diffusion(config.diffusion).to(device)
+        reading = resolve(packed.store, device, config.data.reading)
+        labels = packed.labels.to(device) if config.model.classes else None
+        objective = Objective(
+            table.alpha_sigma, table.weight, config.diffusion.target, config.data.flip, config.data.label_dropout
+        )
+        source = Source(reading.store, packed.train_ids.to(device), labels)
+        seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.steps = capture.Steps(state, source, objective, seed, config.capture, say, reading.mode == "ahead")
+        own = {mask: mask.partition(" at ")[0] for mask in masks}
+        self.fits = {
+            name: fit(Stage(mask, batch=None, tokens=tokens), config.model.grid, config.model.extras)
+            for name, mask in own.items()
+            if name == sized(mask, config, usual)
+        }
+        for batch, mask in self.fits.values():
+            self.steps.prepare(mask, batch)
+
+    def step(self, name: str) -> None:
+        batch, mask = self.fits[name]
+        self.steps(mask, batch, Hyper(0.0, 1.0))
+
+    def sizes(self) -> dict[str, dict[str, Any]]:
+        """What a step of each takes in work."""
+        model = self.config.model
+        return {
+            name: {
+                "batch": batch,
+                "tokens": tokens_of(mask, batch, model.extras),
+                "flops": batch * flops.step_flops(model, mask.counts),
+            }
+            for name, (batch, mask) in self.fits.items()
+        }
 
 
 def joined(old: Times, new: Times) -> Times:

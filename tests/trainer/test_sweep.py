@@ -8,7 +8,7 @@ import pytest
 
 from maskdiff import durations, presets, sweep
 from maskdiff.errors import UserError
-from maskdiff.study import cells, plan, study
+from maskdiff.study import asked, cells, plan, study
 from maskdiff.study.clock import Times, joined
 
 TINY = ["--data", "faces:160", "--preset", "faces32", "--data.no-labels", "--data.heldout", "0.2", "--guidance", "1"]
@@ -77,7 +77,7 @@ def test_what_a_cell_trains():
         (lambda: plan.vary([], "model.positon", "none", presets.get("emoji32")), "model"),
         (lambda: plan.vary([plan.course("dense", 1)], "model.width", "wide", presets.get("emoji32")), "whole number"),
         (lambda: durations.seconds("20 minutes", "--budget"), "--budget got '20 minutes'"),
-        (lambda: sweep._share("1.5", "--points"), "shares from 0 to 1"),
+        (lambda: asked.share("1.5", "--points"), "shares from 0 to 1"),
     ],
 )
 def test_what_cannot_be_meant(call, message):
@@ -93,16 +93,17 @@ def test_masks_timed_later_are_told_on_the_first_clock():
 def test_a_budget_holds_the_whole_study():
     chosen = {**sweep.DEFAULTS, "budget": "20m", "jobs": 2, "seeds": 2}
     courses = [plan.course("dense", 1), plan.course("patch:0.5", 0.5)]
-    seconds, count = sweep._within(chosen, courses, [0.5, 1.0], TIMES)
+    masks = plan.masks_of(courses)
+    seconds, count = asked.length(chosen, TIMES, masks, 4, 8)
     made = {"cells": cells_of(courses, seconds, 2), "points": [0.5, 1.0], "count": count}
     assert sum(study.estimate(made, TIMES)) == pytest.approx(2 * 1200, rel=0.01)
     assert count == 1000
-    seconds, count = sweep._within({**chosen, "budget": "4m"}, courses, [0.5, 1.0], TIMES)
+    seconds, count = asked.length({**chosen, "budget": "4m"}, TIMES, masks, 4, 8)
     made = {"cells": cells_of(courses, seconds, 2), "points": [0.5, 1.0], "count": count}
     training, judging = study.estimate(made, TIMES)
     assert 100 <= count < 1000 and training == pytest.approx(judging, rel=0.05)
     with pytest.raises(UserError, match="too short for 4 cells"):
-        sweep._within({**chosen, "budget": "20s"}, courses, [0.5, 1.0], TIMES)
+        asked.length({**chosen, "budget": "20s"}, TIMES, masks, 4, 8)
 
 
 @pytest.fixture(scope="module")
