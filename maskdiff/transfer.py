@@ -140,7 +140,7 @@ def _planned(path: Path, chosen: dict[str, Any], saved: dict[str, Any] | None) -
 
     times = asking.times(path, masks, chosen["rounds"], measured)
     made = asking.facts("transfer", chosen, usual.config, extractor, tokens)
-    targets = list(dict.fromkeys(target.name for _, target in pairs))
+    targets = {target.name: target for _, target in pairs}
     made["title"] = f"What pre-training on other images buys: {', '.join(targets)}"
     made["data"] = {one.name: study.about(one.packed, one.name) for one in sets.values()}
     made["sets"] = {one.name: config_to_dict(one.config) for one in sets.values()}
@@ -153,8 +153,10 @@ def _planned(path: Path, chosen: dict[str, Any], saved: dict[str, Any] | None) -
             saved = {**saved, "data": made["data"]}  # more sets are no other study
         return asking.taken_up(path, made, saved), times
     path.mkdir(parents=True, exist_ok=True)
-    made["real_frechet"] = study.halves(extractor, usual.packed)
-    study.picture(usual.packed, path / "real.png")
+    made["real_frechets"] = {name: study.halves(extractor, one.packed) for name, one in targets.items()}
+    made["real_frechet"] = made["real_frechets"][usual.name]
+    for name, one in targets.items():
+        study.picture(one.packed, path / ("real.png" if one is usual else _file_name(f"real-{name}.png")))
     return made, times
 
 

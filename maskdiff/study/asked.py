@@ -196,7 +196,7 @@ def taken_up(path: Path, made: dict[str, Any], saved: dict[str, Any]) -> dict[st
                 f"{path} was begun with another {key}: {saved[key]}, not {made[key]}; "
                 "leave it out, or take a new folder"
             )
-    same = {key: saved[key] for key in ("commit", "real_frechet", "config")}
+    same = {key: saved[key] for key in ("commit", "real_frechet", "real_frechets", "config") if key in saved}
     return {**made, **same, **{key: _both(saved[key], made[key]) for key in ("cells", "pretraining") if key in made}}
 
 
