@@ -158,7 +158,7 @@ def source_of(spec: str, options: Options) -> Source:
 def _no_options(spec: str, options: Options) -> None:
     if options != Options():
         raise UserError(
-            f"{spec!r} is made here as it is: it takes no crop, filter, background, labels, column or subset"
+            f"{spec!r} is made here as it is: it takes no crop, filter, background, labels, column, subset or list"
         )
 
 

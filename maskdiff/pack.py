@@ -36,7 +36,7 @@ def _pack(options: argparse.Namespace) -> None:
     recipe = RECIPES.get(options.crop)
     size = options.image_size or (recipe.size if recipe else 64)
     look = Look(options.crop, options.filter, options.background)
-    wanted = Options(look, options.labels, options.column, options.subset)
+    wanted = Options(look, options.labels, options.column, options.subset, options.only)
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers is {options.workers}; give 1 or more")
     if Path(options.out).exists():  # told before a large source is listed
@@ -86,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--column", help="column of a table, or array of an .npz, with the pictures, where there are several")
     add("--subset", help="3000 or 10%%: so many of the pictures, always the same, each subset within the larger ones")
+    add(
+        "--only",
+        metavar="FILE",
+        help="the pictures that a text file names, one a line; FILE:VALUE: of lines NAME VALUE those with this value",
+    )
     add("--heldout", type=float, default=0.02, help="share held out of training, by content (default: 0.02)")
     add("--dedupe", action="store_true", help="leaves out images that equal an earlier one")
     add("--workers", type=int, help="processes (default: one per processor)")

@@ -144,7 +144,7 @@ def _from_csv(path: Path, wanted: list[str], names: Sequence[str]) -> Labels:
         if not file or file in row_of:
             raise UserError(f"labels {str(path)!r}: row {number} names {f'{file!r} once more' if file else 'no file'}")
         row_of[file] = line
-    ends = _unique_ends(names)
+    ends = unique_ends(names)
     rows = [row_of.get(name) or row_of.get(end or name) for name, end in zip(names, ends, strict=True)]
     if not any(rows):
         raise UserError(f"labels {str(path)!r} name none of the pictures in their column {header[key]!r}")
@@ -154,7 +154,7 @@ def _from_csv(path: Path, wanted: list[str], names: Sequence[str]) -> Labels:
     )
 
 
-def _unique_ends(names: Sequence[str]) -> list[str]:
+def unique_ends(names: Sequence[str]) -> list[str]:
     """The last parts of names; "" for those that several have."""
     ends = [name.rsplit("/", 1)[-1] for name in names]
     seen = Counter(ends)

@@ -1,6 +1,7 @@
 """Which kind of source a name means, and pictures of any kind as a source of packed images."""
 
 import hashlib
+import re
 import sys
 import tarfile
 import zipfile
@@ -17,8 +18,9 @@ from maskdiff.packing.archives import TarReader, ZipReader
 from maskdiff.packing.arrays import ArrayReader
 from maskdiff.packing.decode import DecodeJob, decode_chunk
 from maskdiff.packing.folder import FolderReader
+from maskdiff.packing.labels import unique_ends
 from maskdiff.packing.look import Look
-from maskdiff.packing.reader import Reader
+from maskdiff.packing.reader import Reader, digest
 from maskdiff.packing.tables import HubReader, ParquetReader, parquet_files
 
 KINDS = "a folder, zip or tar of PNG, JPEG, WebP or GIF files, Parquet, .npy, .npz, or hf:NAME"
@@ -34,6 +36,7 @@ class Options:
     labels: str = "auto"  # auto, none, folders, FILE.csv, FILE.csv:COLUMN,COLUMN, or columns of a table or .npz
     column: str | None = None  # that holds the pictures; None: the only one, or the one that says so
     subset: str | None = None  # "3000" or "10%" of the pictures; None: all
+    only: str | None = None  # FILE that names them, one a line; FILE:VALUE, of lines NAME VALUE those; None: all
 
 
 class PictureSource:
@@ -46,7 +49,7 @@ class PictureSource:
         """Chooses the subset. Raises UserError for options that mean nothing."""
         self._reader, self._options = reader, options
         self.name, self.labels = reader.name, reader.labels
-        self._chosen = _subset(reader, options.subset)
+        self._chosen = _chosen(reader, options)
         self.count = len(self._chosen)
         self.rejects = list(reader.rejects)
         self._look = options.look.recipe()
@@ -55,17 +58,21 @@ class PictureSource:
 
     def recipe(self) -> dict[str, Any]:
         """What the pixels and labels depend on, beside image size and patch."""
-        return {
-            "kind": self._reader.kind,
-            "name": self.name,
-            "files": self._reader.count + len(self.rejects),
-            "files_sha256": self._reader.fingerprint,
-            "labels": self._options.labels,
-            "labels_sha256": self._labels_digest,
-            "column": self._options.column,
-            "subset": self._options.subset,
-            "job": _JOB,
-        } | self._look
+        return (
+            {
+                "kind": self._reader.kind,
+                "name": self.name,
+                "files": self._reader.count + len(self.rejects),
+                "files_sha256": self._reader.fingerprint,
+                "labels": self._options.labels,
+                "labels_sha256": self._labels_digest,
+                "column": self._options.column,
+                "subset": self._options.subset,
+                "job": _JOB,
+            }
+            | ({"only": digest(map(str, self._chosen.tolist()))} if self._options.only else {})
+            | self._look
+        )
 
     def jobs(self, image_size: int, patch: int, start: int = 0) -> Iterator[DecodeJob]:
         """The work of the processes that decode, from the job of this number on."""
@@ -126,11 +133,37 @@ def _no_column(options: Options, kind: str) -> None:
         raise UserError(f"--column {options.column}: a {kind} of pictures has no columns")
 
 
-def _subset(reader: Reader, wanted: str | None) -> np.ndarray:  # [.] int64, ascending
-    """The pictures whose names hash lowest: the same ones every time, each subset within every larger one."""
-    if wanted is None:
-        return np.arange(reader.count)
-    return lowest((name.encode("utf-8", "surrogatepass") for name in reader.names()), reader.count, wanted, reader.name)
+def _chosen(reader: Reader, options: Options) -> np.ndarray:  # [.] int64, ascending
+    """The pictures that a list names; of these the ones whose names hash lowest: each subset lies in larger ones."""
+    chosen = np.arange(reader.count) if options.only is None else _listed(reader, options.only)
+    if options.subset is None:
+        return chosen
+    names = list(reader.names())
+    marks = (names[i].encode("utf-8", "surrogatepass") for i in chosen)
+    return chosen[lowest(marks, len(chosen), options.subset, reader.name)]
+
+
+def _listed(reader: Reader, spec: str) -> np.ndarray:  # [.] int64, ascending
+    """The pictures that a text file names, whole or by their last part. Raises UserError where one is not there."""
+    file, value = (spec, None) if Path(spec).exists() else spec.rpartition(":")[::2]
+    try:
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--only {spec}: {file!r} cannot be read: {getattr(error, 'strerror', 0) or error}") from None
+    rows = [(line, None) if value is None else re.split(r"[\s,](?=[^\s,]+$)", line) for line in lines if line]
+    wanted = {row[0].strip() for row in rows if row[-1] == value and len(row) == 2}
+    if not wanted:
+        raise UserError(f"--only {spec}: no line of {file!r} is a name" + (f" with {value} behind it" if value else ""))
+    found: dict[str, int] = {}
+    names = list(reader.names())
+    for i, (name, end) in enumerate(zip(names, unique_ends(names), strict=True)):
+        if (key := name if name in wanted else end) in wanted:
+            found[key] = i
+    if missing := sorted(wanted - found.keys()):
+        raise UserError(
+            f"--only {spec}: {len(missing):,} of its names are not in {reader.name!r}, {missing[0]!r} first"
+        )
+    return np.array(sorted(found.values()))
 
 
 def lowest(

@@ -197,7 +197,7 @@ def taken_up(path: Path, made: dict[str, Any], saved: dict[str, Any]) -> dict[st
                 "leave it out, or take a new folder"
             )
     same = {key: saved[key] for key in ("commit", "real_frechet", "real_frechets", "config") if key in saved}
-    return {**made, **same, **{key: _both(saved[key], made[key]) for key in ("cells", "pretraining") if key in made}}
+    return made | same | {key: _both(saved[key], made[key]) for key in ("cells", "pretraining") if key in made}
 
 
 def _both(there: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:

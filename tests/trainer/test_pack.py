@@ -502,6 +502,7 @@ def test_the_command_takes_a_recipe_and_a_subset(folder, tmp_path, command):
         (["{folder}", "{tmp}/x", "--patch", "7"], "image size 64 is not divisible by patch 7"),
         (["{folder}", "{tmp}/x", "--crop", "middle"], "no crop 'middle'"),
         (["{folder}", "{tmp}/x", "--subset", "all"], "subset 'all' is no part"),
+        (["{folder}", "{tmp}/x", "--only", "absent.txt"], "--only absent.txt: "),
         (["{tmp}/nowhere", "{tmp}/x"], "no data at "),
         (["faces:3", "{tmp}/set", "--show", "{tmp}/sheet.jpg"], "give the name of a .png file"),
     ],

@@ -187,6 +187,35 @@ def test_subsets_are_nested_and_the_same_every_time(kind, tmp_path):
         assert found[small] == [name for name in order if name in set(found[small])]
 
 
+def test_a_list_says_which_pictures_are_taken(tmp_path):
+    spec = zipped(tmp_path)
+    names = [item.name for job in open_source(spec, Options()).jobs(SIDE, 4) for item in job.items]
+
+    def taken(text, value="", **more) -> list[str]:
+        (tmp_path / "list.txt").write_text(text)
+        chosen = open_source(spec, Options(only=f"{tmp_path}/list.txt{value}", **more))
+        hashes.add(chosen.recipe()["only"])
+        return [item.name for job in chosen.jobs(SIDE, 4) for item in job.items]
+
+    hashes: set[str] = set()
+    ends = [name.rpartition("/")[2] for name in names]
+    partition = "".join(f"{end} {number % 3}\n" for number, end in enumerate(ends))  # as CelebA's
+    assert taken(partition, ":0") == names[::3] and taken(partition, ":2") == names[2::3]
+    assert taken("image_id,partition\n" + partition.replace(" ", ","), ":1") == names[1::3]
+    assert taken(f"{names[7]}\n\n{ends[3]}\n") == [names[3], names[7]]
+    assert set(taken(partition, ":0", subset="3")) < set(names[::3]) and len(hashes) == 5
+    assert "only" not in open_source(spec, Options()).recipe()
+    for text, value, words in (
+        (partition, ":3", "no line of .* is a name with 3 behind it"),
+        ("", "", "no line of .* is a name"),
+        (f"{ends[0]}\nabsent.png\n", "", "1 of its names are not in .*'absent.png' first"),
+    ):
+        with pytest.raises(UserError, match=words):
+            taken(text, value)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        open_source(spec, Options(only="absent.txt:0"))
+
+
 def test_a_subset_keeps_what_is_held_out(tmp_path):
     spec = folder(tmp_path)
     held = {}
