@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pages
+import public_archives
 import pytest
 import torch
 from PIL import Image
@@ -32,6 +33,9 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 SMALL = "--max-steps 2 --probe-steps 1 --model.width 32 --model.blocks 3 --model.heads 1 --heldout-every 0 --device cpu"
 SAMPLES = "--sample-count 4 --sample-steps 2"
 TINY = {"train": f"{SMALL} {SAMPLES}", "resume": "--max-steps 3", "sample": "--steps 2", "watch": "--once"}
+STUDY = "--seconds 0.01s --count 8 --points 1 --steps 2 --rounds 3 --seeds 1 --tokens 1100 --threads 1 --device cpu "
+STUDY += "--model.width 32 --model.blocks 3 --model.heads 1 --sample-steps 2"
+TINY |= {"sweep": STUDY, "transfer": STUDY, "evaluate": "--count 8 --steps 2"}
 
 # What is not run here, and why: the first words of commands.
 NOT_RUN = {
@@ -207,6 +211,8 @@ def test_a_page_runs(path, after_readme, workspace, tmp_path):
         return
     folder = tmp_path / "workspace"
     shutil.copytree(workspace, folder)
+    if path.name == "reproduce.md":
+        public_archives.write(folder)
     namespace: dict[str, object] = {}
     with inside(folder):
         for block in blocks:
