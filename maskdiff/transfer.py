@@ -247,7 +247,8 @@ def _cells(
                     | {"seconds": stage["seconds"]},
                 }
                 about = {"source": source.name, "share": share, "pretrain": first["name"]}
-                found.append({**planned(target, "dense", finetune, seed, **about, **more), "length": 1.0})
+                left = max(0.0, 1 - stage["seconds"] / made["seconds"])  # steps are whole: not quite `finetune`
+                found.append({**planned(target, "dense", left, seed, **about, **more), "length": 1.0})
     return pretraining, found
 
 

@@ -146,6 +146,18 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     ("maskdiff/training.py", trainer("micro_batches"), (("if plan.asked != asked:", "if False:"),)),
+    ("maskdiff/packing/sources.py", (*trainer("sources"), "-k", "list"), (("if row[-1] == value and", "if"),)),
+    ("maskdiff/data.py", (*trainer("data"), "-k", "subset"), (("ids[torch.from_numpy(chosen)]", "ids"),)),
+    ("maskdiff/study/cells.py", trainer("transfer"), ((' | cell.get("before", {})', ""),)),
+    (
+        "maskdiff/transfer.py",
+        trainer("transfer"),
+        (
+            ("needed and not (judged and trained):", "needed and not judged:"),
+            ("    if share != 1:", "    if share < 0:"),
+            ('config, init=weights, init_weights=cell["weights"])', "config, init=weights)"),
+        ),
+    ),
     ("maskdiff/pretrained.py", trainer("pretrained"), (("model = model.resized(config.image_size)", "pass"),)),
     (
         "maskdiff/training.py",

@@ -21,7 +21,7 @@ def portrait(number: int, width: int, height: int) -> Image.Image:
 
 def encoded(number: int, width: int, height: int, kind: str) -> bytes:
     stream = io.BytesIO()
-    portrait(number, width, height).save(stream, kind)
+    portrait(number, width, height).save(stream, kind, compress_level=1)
     return stream.getvalue()
 
 
@@ -43,7 +43,7 @@ def celeba(folder: Path, count: int = 60) -> None:
 
 def ffhq(folder: Path, count: int = 40) -> None:
     """thumbnails128x128.zip and, of fewer pictures, images1024x1024.zip: PNG in folders of a thousand."""
-    for name, size, some in (("thumbnails128x128", 128, count), ("images1024x1024", 1024, 4)):
+    for name, size, some in (("thumbnails128x128", 128, count), ("images1024x1024", 1024, 2)):
         numbers = [1000 * (i % 2) + i for i in range(some)]
         files = {f"{n // 1000 * 1000:05}/{n:05}.png": encoded(100 + n, size, size, "png") for n in numbers}
         zipped(folder / f"{name}.zip", files)

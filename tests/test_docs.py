@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskdiff import presets, stages
+from maskdiff import presets, stages, training
 from maskdiff.diffusion import SCHEDULES, TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 SMALL = "--max-steps 2 --probe-steps 1 --model.width 32 --model.blocks 3 --model.heads 1 --heldout-every 0 --device cpu"
 SAMPLES = "--sample-count 4 --sample-steps 2"
 TINY = {"train": f"{SMALL} {SAMPLES}", "resume": "--max-steps 3", "sample": "--steps 2", "watch": "--once"}
-STUDY = "--seconds 0.01s --count 8 --points 1 --steps 2 --rounds 3 --seeds 1 --tokens 1100 --threads 1 --device cpu "
+STUDY = "--seconds 0.01s --count 8 --points 1 --steps 2 --rounds 3 --seeds 1 --tokens 260 --threads 1 --device cpu "
 STUDY += "--model.width 32 --model.blocks 3 --model.heads 1 --sample-steps 2"
 TINY |= {"sweep": STUDY, "transfer": STUDY, "evaluate": "--count 8 --steps 2"}
 
@@ -205,7 +205,7 @@ def test_the_readers_own_vit_learns(after_readme):
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
-def test_a_page_runs(path, after_readme, workspace, tmp_path):
+def test_a_page_runs(path, after_readme, workspace, tmp_path, monkeypatch):
     blocks = [block for block in blocks_of(path) if block.kind in ("python", "shell")]
     if not blocks:
         return
@@ -213,6 +213,7 @@ def test_a_page_runs(path, after_readme, workspace, tmp_path):
     shutil.copytree(workspace, folder)
     if path.name == "reproduce.md":
         public_archives.write(folder)
+    monkeypatch.setattr(training, "HELDOUT_SAMPLES", 8)
     namespace: dict[str, object] = {}
     with inside(folder):
         for block in blocks:
