@@ -1,6 +1,5 @@
 """`python -m maskdiff.bench`: what a training step costs per mask rate, beside the best dense step and PyTorch."""
 
-import argparse
 import gc
 import json
 import sys
@@ -17,7 +16,7 @@ from maskdiff_kernels import Mask, Store
 from . import baselines, bench_kernels, flops, masking, measure, precision, presets, report
 from .config import Config
 from .diffusion import Diffusion
-from .errors import UserError, run_command
+from .errors import Parser, UserError, run_command
 from .model import UViT, unpatchify
 from .optim import FlatState, Hyper
 from .step import Mark, Objective, Source, train_step, unmarked
@@ -268,7 +267,7 @@ def mask_texts(kinds: str, rates: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m maskdiff.bench", description=__doc__.split(": ", 1)[1])
+    parser = Parser(prog="python -m maskdiff.bench", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--preset", default="celeba64", help="whose model, objective and optimizer (default celeba64)")
     parser.add_argument("--batch", type=int, default=8, help="images a step (default 8)")
     parser.add_argument(

@@ -6,14 +6,13 @@ import sys
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from maskdiff_kernels import PowerEma
 
 from .diffusion import DiffusionConfig
-from .errors import UserError
+from .errors import UserError, nearest
 from .model import ModelConfig
 from .sampling import SamplerName
 from .stages import Stage, fit, micro_batch, minutes_of, parse_stages, templates
@@ -289,13 +288,6 @@ def describe(hint: Any) -> str:
         return f"{len(args)} values, each {describe(args[0])}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return words.get(hint, "an object of keys")
-
-
-def nearest(name: str, known: list[str], prefix: str = "") -> str:
-    """'did you mean ...' or, where nothing is near, the list of what there is."""
-    near = get_close_matches(name, known, 1, 0.6)
-    dotted = f"{prefix}." if prefix else ""
-    return f"did you mean '{dotted}{near[0]}'?" if near else f"there are {', '.join(sorted(known))}"
 
 
 # ---- checks

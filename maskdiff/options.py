@@ -23,11 +23,10 @@ from .config import (
     flatten,
     free_run_path,
     load_config,
-    nearest,
     read_values,
     validate,
 )
-from .errors import UserError
+from .errors import UserError, nearest
 from .masking import parse_mask, with_mask
 from .stages import Stage, parse_stages, templates
 
@@ -44,6 +43,7 @@ what to train
   --out RUN           new folder of the run (default: runs/PRESET, numbered)
   --resume RUN        goes on with a run from its last checkpoint; takes its configuration
   --config FILE       .json or .toml with any keys; RUN/config.json starts the same run again
+  --image-size N      pixels of the side that images are scaled to, a multiple of the patch
   --init FILE         starts from the weights of a run, a checkpoint, or a .pt file of MaskDM
 
 how
@@ -87,7 +87,7 @@ _OWN = (
     "preset", "config", "resume", "stages", "mask.rate", "mask.kind", "micro-batch", "batch", "print-config", "help",
     "help-all",
 )  # fmt: skip
-_SHORT = {"data": "data.path", "optimizer": "optim.optimizer"}
+_SHORT = {"data": "data.path", "image-size": "model.image-size", "optimizer": "optim.optimizer"}
 _SWITCHES = ("print-config", "help", "help-all")
 
 # What a resumed run may change: how long it goes on, where, and what it writes; of stages, what _is_free says. Data may
@@ -125,7 +125,8 @@ def parse(argv: list[str]) -> Command:
     config = _base(own, saved)
     keys = _keys(config)
     rest = [(_SHORT.get(key, key), value) for key, value in options if key not in _OWN]
-    rest = [_normal(key, value, keys, config) for key, value in rest]
+    begun = None if run is None else _stages_begun(run)
+    rest = [_normal(key, value, keys, config, begun) for key, value in rest]
     config = _drop_alternatives(config, {key for key, _ in rest})
     config = _apply(config, rest, keys)
     if "help-all" in own:
@@ -196,14 +197,20 @@ def _keys(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _normal(key: str, values: list[str], keys: dict[str, Any], config: Config) -> tuple[str, list[str]]:
+def _normal(
+    key: str,
+    values: list[str],
+    keys: dict[str, Any],
+    config: Config,
+    begun: int | None,  # stages, of a run that is gone on with
+) -> tuple[str, list[str]]:
     """A key and its values as tyro takes them: True, False, None by these names, and one value where one is due."""
     head, _, leaf = key.rpartition(".")
     positive = f"{head}.{leaf[3:]}" if head else leaf[3:]
     if leaf.startswith("no-") and keys.get(positive) is bool and not values:
         return positive, ["False"]
     if key not in keys:
-        raise UserError(_unknown(key, keys, config))
+        raise UserError(_unknown(key, keys, config, begun))
     hint = keys[key]
     if hint is bool:
         values = values or ["true"]
@@ -214,7 +221,7 @@ def _normal(key: str, values: list[str], keys: dict[str, Any], config: Config) -
     return key, ["None" if value.lower() == "none" and type(None) in get_args(hint) else value]
 
 
-def _unknown(key: str, keys: dict[str, Any], config: Config) -> str:
+def _unknown(key: str, keys: dict[str, Any], config: Config, begun: int | None) -> str:
     head, _, rest = key.partition(".")
     number = rest.partition(".")[0]
     if head == "stages" and number.isdigit() and int(number) >= len(config.stages):
@@ -223,8 +230,12 @@ def _unknown(key: str, keys: dict[str, Any], config: Config) -> str:
             f"no option --{key}: the run has {count} stage{'s' * (count > 1)}, numbered from 0; --stages gives others"
         )
     leaves = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    free = [leaf for leaf in leaves if begun is None or _is_free(leaf.replace("-", "_"), begun)]
+    if free:
+        return f"no option --{key}; did you mean {' or '.join(f'--{leaf}' for leaf in free[:4])}?"
     if leaves:
-        return f"no option --{key}; did you mean --{leaves[0]}?"
+        what = "stages that have begun keep it" if leaves[0].startswith("stages.") else "a run keeps it"
+        return f"no option --{key}, and what --{leaves[0]} says is fixed: {what}; start a new run with --out"
     hint = nearest(key, [*keys, *_OWN, *_SHORT]) if len(key) > 2 else ""
     return f"no option --{key}; " + (
         hint.replace("'", "--", 1).replace("'", "") if "mean" in hint else "--help lists them"

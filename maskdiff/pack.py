@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .data import ALL_KINDS, open_packed, source_of
-from .errors import UserError, run_command
+from .errors import Parser, UserError, run_command
 from .packing.check import verify
 from .packing.decode import FILTERS
 from .packing.look import CROPS, RECIPES, Look
@@ -67,9 +67,9 @@ def _summary(manifest: Manifest) -> str:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     crops = "; ".join(f"{name}: {recipe.what}, {recipe.size} px" for name, recipe in RECIPES.items())
-    parser = argparse.ArgumentParser("maskdiff pack", description="packs pictures for training")
+    parser = Parser("maskdiff pack", description="packs pictures for training")
     add = parser.add_argument
     add("source", metavar="SOURCE", help=f"{ALL_KINDS}. hf:NAME@CONFIG:SPLIT, NAME may be a folder".replace("%", "%%"))
     add("out", metavar="OUT", nargs="?", help="new folder of the packed set")

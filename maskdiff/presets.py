@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from .config import Config, DataConfig, OptimConfig, nearest
+from .config import Config, DataConfig, OptimConfig
 from .diffusion import DiffusionConfig
-from .errors import UserError
+from .errors import UserError, nearest
 from .model import SIZES, ModelConfig
 from .stages import parse_stages
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import folder, precision, sampling
-from .errors import UserError, run_command
+from .errors import Parser, UserError, run_command
 from .model import cast_products
 from .pretrained import LoadedRun, load_run
 from .sampling import SAMPLERS, Sampler
@@ -74,8 +74,8 @@ def _images(count: int) -> str:
     return f"{count} image{'s' * (count > 1)}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("maskdiff sample", description="draws images with a trained model")
+def _parser() -> Parser:
+    parser = Parser("maskdiff sample", description="draws images with a trained model")
     parser.add_argument("run", help="folder of a run, or of one of its checkpoints")
     parser.add_argument("--count", type=int, help="how many images (default: 64; 10 with --interpolate, 1 with --path)")
     parser.add_argument(
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "--eta", type=float, help="of ddim: 0 deterministic, 1 as noisy as ddpm (default: the run's, 0)"
     )
     parser.add_argument("--guidance", type=float, help="classifier-free guidance, 1 = none (default: the run's)")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed and i alone (default: 0)")
+    parser.add_argument("--seed", type=int, help="image i depends on the seed and i alone (default: 0)")
     parser.add_argument(
         "--weights", choices=("ema", "ema2", "raw"), default="ema", help="ema2: the run's second average (default: ema)"
     )
@@ -117,6 +117,9 @@ def _check(options: argparse.Namespace) -> None:
     """Sets the defaults that depend on other options. Raises UserError for what cannot be meant."""
     if options.path and options.interpolate is not None:
         raise UserError("--path and --interpolate are two pictures: ask for one of them")
+    if options.seed is not None and options.interpolate is not None:
+        raise UserError("--interpolate names the two seeds itself: leave --seed out")
+    options.seed = options.seed or 0
     if options.count is None:
         options.count = 1 if options.path else 64 if options.interpolate is None else 10
     if options.count < 1 or options.batch < 1:

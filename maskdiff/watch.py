@@ -1,6 +1,5 @@
 """`python -m maskdiff.watch RUN`: shows in a terminal how a run is going, until it ends or Ctrl-C."""
 
-import argparse
 import io
 import json
 import math
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import read_values
-from .errors import UserError, run_command
+from .errors import Parser, UserError, run_command
 from .runlog import METRICS, is_training
 
 RECENT = 100  # steps over which the loss is smoothed
@@ -23,7 +22,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("maskdiff watch", description="shows how a run is going, until it ends or Ctrl-C")
+    parser = Parser("maskdiff watch", description="shows how a run is going, until it ends or Ctrl-C")
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("--once", action="store_true", help="show it once and exit")
     options = parser.parse_args()

@@ -88,6 +88,10 @@ def test_data_is_short_for_data_path():
     assert resolve(["--data", "digits"]).data.path == resolve(["--data.path", "digits"]).data.path == "digits"
 
 
+def test_image_size_is_short_for_model_image_size():
+    assert resolve(["--image-size", "64"]).model.image_size == 64
+
+
 def test_optimizer_is_short_for_optim_optimizer(tmp_path):
     assert resolve(["--optimizer", "apex"]).optim.optimizer == "apex"
     assert resolve(["--optim.optimizer", "torch", "--optimizer=cpp"]).optim.optimizer == "cpp"
@@ -170,7 +174,7 @@ def test_switches_lists_and_none():
     [
         (["--presett", "x"], ["no option --presett", "--preset?"]),
         (["--model.widht", "3"], ["no option --model.widht", "--model.width?"]),
-        (["--lr", "3"], ["--stages.0.lr?"]),
+        (["--lr", "3"], ["--stages.0.lr or --stages.1.lr?"]),
         (["--width", "3"], ["--model.width?"]),
         (["--stages.7.lr", "3"], ["no option --stages.7.lr", "2 stages"]),
         (["--stages.0.learning", "3"], ["no option --stages.0.learning"]),
@@ -465,6 +469,12 @@ def test_resume_of_another_configuration(run, argv, words):
         assert word in message, message
 
 
+def test_resume_hints_at_what_it_takes(run):
+    assert "no option --lr, and what --stages.0.lr says is fixed" in error_of(["--resume", "run", "--lr", "1"])
+    assert "a run keeps it" in error_of(["--resume", "run", "--width", "1"])
+    assert error_of(["--resume", "run", "--steps", "9"]).endswith("did you mean --stages.1.steps?")
+
+
 def test_resume_of_another_file(run, tmp_path):
     file = write(tmp_path / "c.json", {"seed": 9})
     assert "seed (is 3, got 9)" in error_of(["--resume", "run", "--config", file])
@@ -488,7 +498,7 @@ def test_help_names_every_preset_and_only_options_that_exist():
     samples = {
         "preset": "digits", "data": "x", "out": "x", "resume": "run", "config": "c.json", "init": "x",
         "stages": "dense x5", "mask.rate": "0.5", "mask.kind": "patch", "max-steps": "5",
-        "seed": "5", "precision": "fp32", "device": "cpu", "micro-batch": "4",
+        "seed": "5", "precision": "fp32", "device": "cpu", "micro-batch": "4", "image-size": "64",
     }  # fmt: skip
     for key, value in samples.items():
         assert f"--{key} " in text

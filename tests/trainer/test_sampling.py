@@ -250,6 +250,10 @@ def test_label_words():
         (["plain", "--guidance", "2"], "needs labels"),
         (["nothing"], "no run"),
         (["plain", "--count", "0"], "at least 1"),
+        (["plain", "--sampler", "dmp++"], "--sampler got 'dmp++'; did you mean 'dpm++'?"),
+        (["plain", "--smapler=ddim"], "unexpected '--smapler=ddim'; did you mean --sampler?"),
+        (["plain", "--steps", "many"], "argument --steps: invalid int value: 'many'; --help"),
+        (["plain", "--interpolate", "1", "2", "--seed", "0"], "leave --seed out"),
     ],
 )
 def test_command_says_what_is_wrong_in_one_line(runs, tmp_path, monkeypatch, capsys, arguments, words):
