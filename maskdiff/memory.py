@@ -12,7 +12,7 @@ from . import measure
 from .capture import Steps
 from .errors import UserError
 from .optim import Hyper
-from .stages import Stage
+from .stages import Stage, called
 
 ROOM = 0.8  # of the memory that a host has left: what a step may take of it
 SHORT = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # of CUDA, of the host, of cuBLAS
@@ -73,7 +73,7 @@ def too_large(
     where = "this machine" if device.type == "cpu" else torch.cuda.get_device_name(device)
     give = "; or ".join(ways) or "a smaller model or larger patches"
     return (
-        f"stage {number} {stage.mask!r}: the memory of {where} does not hold steps of {micro} "
+        f"{called(number)} {stage.mask!r}: the memory of {where} does not hold steps of {micro} "
         f"image{'s' * (micro > 1)} at a time; give {give}"
     )
 

@@ -141,8 +141,8 @@ class Progress:
             bar_format=None if live else "{desc}: {n_fmt}/{total_fmt} steps, {elapsed}<{remaining}{postfix}\n",
         )
 
-    def update(self, steps: int, loss: float, images_per_s: float, speed: str) -> None:
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:.0f} images/s{speed}", refresh=False)
+    def update(self, steps: int, loss: float, images_per_s: float) -> None:
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:.0f} images/s", refresh=False)
         self._bar.update(steps)
 
     def close(self) -> None:

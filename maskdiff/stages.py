@@ -121,6 +121,41 @@ def fit(
     return batch, resolve(plan, grid, batch)
 
 
+def called(number: int) -> str:
+    """A stage's name, `number` from 0, as it is told and as options have it."""
+    return f"stage {number + 1} (--stages.{number})"
+
+
+def cut_short(
+    stages: Sequence[Stage],
+    lengths: Sequence[int | None],  # of each in steps; None: not known yet
+    most: int,  # steps of the run
+) -> str | None:
+    """What a bound on the steps of a run leaves out of its stages, in words; None where that is nothing."""
+    left = most
+    for number, (stage, length) in enumerate(zip(stages, lengths, strict=True)):
+        if length is None:
+            return f"the run ends after {most} steps, or with its last stage: {called(number)} is given by time"
+        if left < length:
+            rest = len(stages) - number - 1
+            others = f"; {rest} stage{'s' * (rest > 1)} after it will not begin" if rest else ""
+            done = f"after {left} of the {length} steps of" if left else "before"
+            return f"the run ends {done} {called(number)}, {stage.mask}{others}"
+        left -= length
+    return None
+
+
+def warmup_too_long(number: int, stage: Stage, steps: int) -> str | None:
+    """A line where a stage of so many steps never reaches its learning rate; None where it does."""
+    if stage.warmup <= steps:
+        return None
+    reached = learning_rate(stage, steps - 1, steps)
+    return (
+        f"{called(number)} has {steps} steps and a warm-up of {stage.warmup}: its learning rate ends at {reached:.3g} "
+        f"and never is {stage.lr:g}; give a warm-up of at most {steps}, as w{steps // 10}"
+    )
+
+
 def tokens_of(mask: Mask, batch: int, extras: int) -> int:
     """Tokens of a step, counted exactly: `batch` holds whole groups."""
     return batch // len(mask.counts) * sum(mask.counts) + batch * extras
@@ -222,7 +257,7 @@ def parse_stages(
     for number, part in enumerate(parts):
         words = [(match.group(), start + match.start() + 1) for match in re.finditer(r"\S+", part)]
         if not words:
-            where = f"stages {text!r}: stage {number} is empty" if len(parts) > 1 else "stages: the text is empty"
+            where = f"stages {text!r}: {called(number)} is empty" if len(parts) > 1 else "stages: the text is empty"
             raise UserError(f"{where}; a stage is {GRAMMAR}")
         stages.append(_parse_stage(number, words, masked, dense))
         start += len(part) + 1
@@ -233,31 +268,34 @@ def _parse_stage(number: int, words: Sequence[tuple[str, int]], masked: Stage, d
     first, position = words[0]
     if _match(first) is not None:
         raise UserError(
-            f"stage {number}: {first!r} (character {position}) stands where the mask does; start with dense"
+            f"{called(number)}: {first!r} (character {position}) stands where the mask does; start with dense"
         )
     try:
         plan = parse_mask(first)
     except UserError as error:
-        raise UserError(f"stage {number}, character {position}: {error}") from None
+        raise UserError(f"{called(number)}, character {position}: {error}") from None
     stage = replace(dense if plan.is_dense else masked, mask=first, steps=None, minutes=None, fresh=False)
     said: dict[str, str] = {}
     for word, position in words[1:]:
         found = _match(word)
         if found is None:
-            raise UserError(f"stage {number}: {word!r} (character {position}): {_unknown(word)}; a stage is {GRAMMAR}")
+            raise UserError(
+                f"{called(number)}: {word!r} (character {position}): {_unknown(word)}; a stage is {GRAMMAR}"
+            )
         name, value, what = found
         if what in said:
             raise UserError(
-                f"stage {number}: {word!r} (character {position}) says the {what} again, after {said[what]!r}; keep one"
+                f"{called(number)}: {word!r} (character {position}) says the {what} again, "
+                f"after {said[what]!r}; keep one"
             )
         said[what] = word
         try:
             stage = replace(stage, **_fields(name, value))
         except UserError as error:
-            raise UserError(f"stage {number}: {word!r} (character {position}): {error}") from None
+            raise UserError(f"{called(number)}: {word!r} (character {position}): {error}") from None
     if "length" not in said:
         line = " ".join(word for word, _ in words)
-        raise UserError(f"stage {number} '{line}' has no length; add steps (x5000) or time (10m, 1.5h)")
+        raise UserError(f"{called(number)} '{line}' has no length; add steps (x5000) or time (10m, 1.5h)")
     return stage
 
 

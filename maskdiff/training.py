@@ -18,7 +18,7 @@ from torch import Tensor
 import maskdiff_kernels
 from maskdiff_kernels import Mask
 
-from . import capture, checkpoint, data, flops, loggers, masking, measure, memory, precision, reading, sampling
+from . import capture, checkpoint, data, flops, folder, loggers, masking, measure, memory, precision, reading, sampling
 from .config import Config, check_new_run, config_to_dict, load_config
 from .diffusion import Diffusion
 from .durable import write_json
@@ -28,7 +28,18 @@ from .model import UViT
 from .optim import FlatState, Hyper, kernels
 from .pretrained import check_initial, initial_weights
 from .runlog import DeviceScalars, Logs, Progress
-from .stages import fit, learning_rate, micro_batch, micro_batches, minutes_of, share_time, tokens_of
+from .stages import (
+    called,
+    cut_short,
+    fit,
+    learning_rate,
+    micro_batch,
+    micro_batches,
+    minutes_of,
+    share_time,
+    tokens_of,
+    warmup_too_long,
+)
 from .step import Objective, Source, batch_loss, draw
 
 HELDOUT_SAMPLES = 512
@@ -54,21 +65,23 @@ class StagePlan:
         """The share of the ideal speed-up over our own dense step that steps of such a length keep; None if dense."""
         return None if self.mask.kind == "dense" else self.dense_ms / step_ms / self.ideal
 
-    def speed(self, step_ms: float) -> str:
-        retained = self.retained(step_ms)
+    def speed(self) -> str:
+        """The probe's, in words: it timed masked and dense steps in turn, which no later step is compared with."""
+        retained = self.retained(self.step_ms)
         if retained is None:
             return ""
-        gain = self.dense_ms / step_ms
-        return f", {gain:.2f}x faster than dense (ideal {self.ideal:.2f}x, {retained:.0%} of it retained)"
+        return f", {self.speedup:.2f}x faster than dense (ideal {self.ideal:.2f}x, {retained:.0%} of it retained)"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `run` leaves: its folder, the steps made, and the signal that stopped it early, if one did."""
+    """What `run` leaves: its folder, the steps made in all, the signal that stopped it early, if one did, and whether
+    it was over before, so that nothing was done."""
 
     path: Path
     step: int
     stopped_by: signal.Signals | None
+    was_over: bool = False
 
 
 def run(config: Config, resume: bool = False) -> Run:
@@ -133,12 +146,14 @@ class _Training:
             alpha_sigma, weight, config.diffusion.target, config.data.flip, config.data.label_dropout
         )
         self.seed = torch.tensor([config.seed], device=self.device)
+        self.resumed = resume
         self.steps = self._steps(Progress.say)
         self.window = 1 if self.device.type == "cpu" else 20
         self.totals = {"images_seen": 0, "tokens": 0, "flops": 0.0, "train_s": 0.0, "skipped_steps": 0}
         self.skips_in_a_row = 0
         self.stage = self.stage_step = 0
         self.stopped_by: signal.Signals | None = None
+        self.progress: Progress | None = None
         self.plans: dict[int, StagePlan] = {}
         self.at_a_time = 64  # images that are looked at with the averaged weights
         self.packed_hash = packed.hash
@@ -206,7 +221,7 @@ class _Training:
         plan = self.plans.get(self.stage)
         if plan is not None and plan.steps < self.stage_step:
             raise UserError(
-                f"stage {self.stage + 1} has made {self.stage_step} steps and cannot end at {plan.steps}: "
+                f"{called(self.stage)} has made {self.stage_step} steps and cannot end at {plan.steps}: "
                 f"give x{self.stage_step} or more"
             )
         self._write_stages()
@@ -298,7 +313,10 @@ class _Training:
         if self.stage_step == 0:
             self.steps = self._steps(Progress.say)  # the memory of the stage's before is given back
         if plan is None:
-            return self._fixed(index, self._plan(index))
+            plan = self._fixed(index, self._plan(index))
+            if self.config.stages[index].steps is None:  # of the others that is said at the start
+                self._check_warmup(index, plan.steps)
+            return plan
         if plan.asked != asked:
             micro = self._micro(self._steps(lambda _: None), index)
             if micro != plan.micro and self.stage_step:
@@ -355,9 +373,13 @@ class _Training:
     # ---- the loop
 
     def run(self) -> Run:
+        if self._was_over():
+            return Run(self.path, self.state.step, None, was_over=True)
+        self._check_lengths()
         with ExitStack() as stack:
             logs = Logs(self.config, self.path, self.state.step)
             stack.callback(logs.close)
+            stack.callback(lambda: self.progress and self.progress.close())  # before an error is told
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
             while self.stage < len(self.config.stages) and not self._done():
@@ -366,9 +388,30 @@ class _Training:
                 if self.stopped_by is None and not self._done():
                     self.stage, self.stage_step = self.stage + 1, 0
             self._save()
-            if self.stopped_by is None:
+            stopped_by = self.stopped_by
+            if stopped_by is None:  # what arrives from here on stops nothing: all is trained
                 self._sample(logs)
-        return Run(self.path, self.state.step, self.stopped_by)
+        return Run(self.path, self.state.step, stopped_by)
+
+    def _was_over(self) -> bool:
+        """Whether a resumed run has nothing left to train, and none of its last images to draw."""
+        over = self.resumed and (self.stage == len(self.config.stages) or self._done())
+        return over and (self.config.sample_count <= 0 or self._sheet().exists())
+
+    def _check_lengths(self) -> None:
+        """Says at the start what --max-steps and warm-ups make of the stages, as far as their lengths are known."""
+        stages = self.config.stages
+        lengths = [self.plans[i].steps if i in self.plans else stage.steps for i, stage in enumerate(stages)]
+        most = self.config.max_steps
+        if most is not None and (cut := cut_short(stages, lengths, most)):
+            Progress.say(f"note: by --max-steps {most} {cut}")
+        for number, length in enumerate(lengths):
+            if length is not None and number >= self.stage:
+                self._check_warmup(number, length)
+
+    def _check_warmup(self, number: int, steps: int) -> None:
+        if told := warmup_too_long(number, self.config.stages[number], steps):
+            Progress.say(f"note: {told}")
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.stopped_by = signal.Signals(number)  # the loop ends after the step in hand
@@ -384,6 +427,7 @@ class _Training:
         plan = self._planned(self.stage)
         self.at_a_time = 64 if plan.micro == plan.batch else min(64, plan.micro)
         name = f"stage {self.stage + 1}/{len(self.config.stages)} {stage.mask}"
+        key = f"--stages.{self.stage}"  # from 0
         total = self.source.store.patches.shape[1]
         fewest, most = min(plan.mask.counts), max(plan.mask.counts)
         visible = f"{fewest} to {most}" if len(plan.mask.counts) > 1 else f"{most}"
@@ -391,8 +435,9 @@ class _Training:
         if isinstance(plan.asked, int) and plan.micro < min(plan.asked, plan.batch):
             at_a_time = f" ({plan.micro} at a time: {plan.asked} are no equal part of them)"
         Progress.say(
-            f"{name}: {plan.steps} steps of {plan.batch} images{at_a_time}, {visible} of {total} patches visible "
-            f"({plan.effective_rate:.1%} masked), {plan.step_ms:.1f} ms a step{plan.speed(plan.step_ms)}"
+            f"{name} ({key}): {plan.steps} steps of {plan.batch} images{at_a_time}, "
+            f"{visible} of {total} patches visible "
+            f"({plan.effective_rate:.1%} masked); by the probe {plan.step_ms:.1f} ms a step{plan.speed()}"
         )
         model = self.config.model
         work = {
@@ -401,7 +446,7 @@ class _Training:
             "flops": plan.batch * flops.step_flops(model, plan.mask.counts),
         }
         tenths = sorted({masking.rate_tenth(count, total) for count in plan.mask.counts})
-        progress = Progress(plan.steps, self.stage_step, name)
+        self.progress = progress = Progress(plan.steps, self.stage_step, name)
         scalars = DeviceScalars(self.window)
         lrs: list[float] = []
         self.steps.prepare(plan.mask, plan.batch, plan.micro)
@@ -425,7 +470,7 @@ class _Training:
                 if by_tenth := row[3:]:
                     extra["loss_by_rate"] = {f"0.{tenth}": by_tenth[tenth] for tenth in tenths}
                 self._log(logs, work, row[:3], rate, step_s, self.state.step - len(rows) + i + 1, extra)
-            progress.update(len(rows), rows[-1][0], plan.batch / step_s, plan.speed(1e3 * step_s))
+            progress.update(len(rows), rows[-1][0], plan.batch / step_s)
             lrs = []
             if due[1]:
                 self._save()
@@ -514,11 +559,14 @@ class _Training:
                 sampler=self.config.sampler,
                 batch=self.at_a_time,
             )
-        folder = self.path / "samples"
-        folder.mkdir(exist_ok=True)
-        sheet = sampling.grid(images)
-        sheet.save(folder / f"step-{self.state.step:08d}.png")
+        sheet, file = sampling.grid(images), self._sheet()
+        file.parent.mkdir(exist_ok=True)
+        folder.save(sheet, file)
         logs.picture(self.state.step, sheet)
+
+    def _sheet(self) -> Path:
+        """The picture of what the model draws now."""
+        return self.path / "samples" / f"step-{self.state.step:08d}.png"
 
 
 def fit_to_data(config: Config, packed: data.PackedSet) -> Config:

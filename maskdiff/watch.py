@@ -156,7 +156,7 @@ class Watched:
         lines = {
             "stage": f"{self._stage(number)}, {number + 1} of {len(self.stages)}",
             "progress": _progress(len(losses), self.lengths[number]),
-            "loss": f"{mean([row['loss'] for row in recent]):.4f}  {sparkline(losses)}",
+            "loss": f"{mean([row['loss'] for row in recent]):.4f}  {sparkline(losses)}  mean of {_last(len(recent))}",
         }
         if rates := row.get("loss_by_rate"):
             lines["by rate"] = "  ".join(
@@ -168,7 +168,8 @@ class Watched:
         lines["lr"] = f"{row['lr']:.3g}   gradient norm {row['grad_norm']:.3g}"
         lines["speed"] = f"{step_ms:.3g} ms a step" + (f", {speed:.0f} images/s" if speed else "")
         if "retained" in row:
-            lines["speed"] += f", {row['retained']:.0%} of the ideal speed-up retained"
+            retained = mean([row["retained"] for row in recent if "retained" in row])
+            lines["speed"] += f", {retained:.0%} of the ideal speed-up over the dense steps timed before the stage"
         lines["skipped"] = f"{self.skipped} steps"
         if self.running:
             lines["time left"] = self._time_left(number, len(losses), step_ms)
@@ -203,6 +204,10 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and row.keys() >= KEYS else None
+
+
+def _last(steps: int) -> str:
+    return f"the last {steps} steps" if steps > 1 else "one step"
 
 
 class _Changed(Exception):

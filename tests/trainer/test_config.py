@@ -195,7 +195,7 @@ def test_switches_lists_and_none():
         (["--print-config=now"], ["--print-config takes no value"]),
         (["--preset", "faces23"], ["no preset 'faces23'", "did you mean 'faces32'"]),
         (["--preset", "zzz"], ["no preset 'zzz'", "celeba64", "faces32"]),
-        (["--stages", "dense x5 b8 cosin"], ["stage 0", "'cosin' (character 13)", "'cosine'"]),
+        (["--stages", "dense x5 b8 cosin"], ["stage 1 (--stages.0)", "'cosin' (character 13)", "'cosine'"]),
         (["--config", "absent.json"], ["'absent.json' cannot be read", "No such file"]),
     ],
 )
@@ -286,7 +286,7 @@ def test_every_key_survives():
         ({"optim": {"betas": [0.9, "x"]}}, ["optim.betas.1", "a number"]),
         ({"model": {"classes": [3, "x"]}}, ["model.classes.1", "a whole number"]),
         ({"stages": {"mask": "dense"}}, ["stages", "a list"]),
-        ({"stages": "dense x"}, ["stage 0", "'x5000'"]),
+        ({"stages": "dense x"}, ["stage 1 (--stages.0)", "'x5000'"]),
         ({"model": {"image_size": 30}}, ["30", "patches of 4"]),
     ],
 )

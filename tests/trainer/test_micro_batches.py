@@ -187,7 +187,8 @@ def test_auto_takes_what_fits(small_memory, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--stages", "dense x2 b24"], "stage 0 'dense': the memory of this machine does not hold steps of 24 images "
+        (["--stages", "dense x2 b24"],
+         "stage 1 .--stages.0. 'dense': the memory of this machine does not hold steps of 24 images "
          "at a time; give --stages.0.micro-batch 4, which fits: .* batch of 24; or --recompute, which"),
         (["--stages", "dense x2 b24/8", "--recompute"], "steps of 8 images at a time; give .*micro-batch 4, .* of 24$"),
         (["--stages", "patch:0.2-0.5 x2 b32"], "steps of 32 images at a time; give --recompute, which takes less"),

@@ -9,6 +9,7 @@ from maskdiff.errors import UserError
 from maskdiff.masking import group_size
 from maskdiff.stages import (
     Stage,
+    cut_short,
     fit,
     format_stages,
     learning_rate,
@@ -19,6 +20,7 @@ from maskdiff.stages import (
     share_time,
     templates,
     tokens_of,
+    warmup_too_long,
 )
 from maskdiff_kernels import Mask
 
@@ -89,15 +91,15 @@ def test_round_trip(stage):
     ("text", "words"),
     [
         ("", ["the text is empty", "first KIND:RATE"]),
-        ("dense x5,", ["stage 1 is empty"]),
-        ("dense x5, , dense x5", ["stage 1 is empty"]),
-        ("dense b64", ["stage 0 'dense b64' has no length", "x5000", "10m"]),
+        ("dense x5,", ["stage 2 (--stages.1) is empty"]),
+        ("dense x5, , dense x5", ["stage 2 (--stages.1) is empty"]),
+        ("dense b64", ["stage 1 (--stages.0) 'dense b64' has no length", "x5000", "10m"]),
         ("dense", ["has no length"]),
-        ("x500 dense", ["stage 0", "'x500' (character 1)", "start with dense"]),
-        ("dense x5, pach:0.5 x5", ["stage 1, character 11", "'pach'", "'patch'"]),
-        ("patch x5", ["stage 0", "the rate is missing", "patch:0.75"]),
-        ("patch:0.75 x5 b64 cosin", ["stage 0", "'cosin' (character 19)", "did you mean 'cosine'"]),
-        ("dense x5, dense x5 constt", ["stage 1", "(character 20)", "'const'"]),
+        ("x500 dense", ["stage 1 (--stages.0)", "'x500' (character 1)", "start with dense"]),
+        ("dense x5, pach:0.5 x5", ["stage 2 (--stages.1), character 11", "'pach'", "'patch'"]),
+        ("patch x5", ["stage 1 (--stages.0)", "the rate is missing", "patch:0.75"]),
+        ("patch:0.75 x5 b64 cosin", ["stage 1 (--stages.0)", "'cosin' (character 19)", "did you mean 'cosine'"]),
+        ("dense x5, dense x5 constt", ["stage 2 (--stages.1)", "(character 20)", "'const'"]),
         ("dense x5 l2e-4", ["'l2e-4'", "'lr2e-4'"]),
         ("dense x5 batch64", ["'batch64'", "'b64'"]),
         ("dense x5 warmup500", ["'w500'"]),
@@ -201,3 +203,26 @@ def test_learning_rate():
     assert learning_rate(Stage(lr=2.0, warmup=50, decay="cosine"), 5, 10) == pytest.approx(
         0.24
     )  # warm-up beyond the end
+
+
+@pytest.mark.parametrize(
+    ("most", "words"),
+    [
+        (3, "after 3 of the 5 steps of stage 1 (--stages.0), dense; 2 stages after it will not begin"),
+        (5, "before stage 2 (--stages.1), patch:0.5; 1 stage after it will not begin"),
+        (8, "after 3 of the 4 steps of stage 2 (--stages.1), patch:0.5; 1 stage after it will not begin"),
+        (10, "after 10 steps, or with its last stage: stage 3 (--stages.2) is given by time"),
+    ],
+)
+def test_what_a_bound_on_the_steps_cuts(most, words):
+    stages = parse_stages("dense x5, patch:0.5 x4, dense 1m")
+    assert cut_short(stages, [5, 4, None], most) == f"the run ends {words}"
+    assert cut_short(stages, [5, 4, 6], 15) is None
+
+
+def test_a_warm_up_longer_than_its_stage():
+    (stage,) = parse_stages("dense x10 lr1e-3 w20")
+    told = warmup_too_long(1, stage, 10)
+    assert told is not None and told.startswith("stage 2 (--stages.1) has 10 steps and a warm-up of 20: ")
+    assert "ends at 0.0005 and never is 0.001" in told
+    assert warmup_too_long(1, stage, 20) is None

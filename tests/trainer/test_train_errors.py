@@ -98,7 +98,10 @@ def content(folder: Path) -> dict[str, bytes]:
     [
         (["--preset", "face32"], ["no preset 'face32'", "did you mean 'faces32'?"]),
         (["--model.widht", "64"], ["no option --model.widht", "did you mean --model.width?"]),
-        (["--stages", "patch:0.75 x100 b64 cosin"], ["stage 0", "'cosin' (character 21)", "did you mean 'cosine'?"]),
+        (
+            ["--stages", "patch:0.75 x100 b64 cosin"],
+            ["stage 1 (--stages.0)", "'cosin' (character 21)", "did you mean 'cosine'?"],
+        ),
         (["--mask.rate", "0.001"], ["8 x 8", "hides nothing", "the nearest rates that work are 0 (dense) and 0.02"]),
         (["--mask.rate", "1"], ["hides everything", "the nearest rate that works is 0.99"]),
         (["--mask.kind", "block3"], ["8 x 8", "3 does not divide it", "use block2 or block4"]),
@@ -330,7 +333,7 @@ run_command(train.main)
 def test_full_disk(run):
     """Of a run that goes on: its earlier checkpoints stay, and it can go on once there is room."""
     before = content(run / "checkpoints")
-    command = [sys.executable, "-c", FULL_DISK, "--resume", "run"]
+    command = [sys.executable, "-c", FULL_DISK, "--resume", "run", "--stages.1.steps", "3"]
     ended = subprocess.run(command, capture_output=True, text=True)
     message = the_error(ended.returncode, ended.stderr)
     assert "checkpoint not written, the earlier ones are kept" in message

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from maskdiff import capture, checkpoint, flops, training
+from maskdiff import capture, checkpoint, flops, train, training
 from maskdiff.config import Config, ModelConfig, config_to_dict, load_config
 from maskdiff.errors import UserError
 from maskdiff.options import parse
@@ -84,7 +84,8 @@ def test_a_masked_stage_says_its_speed(tmp_path, capsys):
     training.run(tiny(tmp_path / "run", "--stages", "patch:0.75 x2 b16 lr2e-3"))
     captured = capsys.readouterr()
     said = r"\d ms a step, \d+\.\d\dx faster than dense \(ideal 4\.42x, \d+% of it retained\)"
-    assert re.search(said, captured.out) and re.search(r"images/s, .*% of it retained\)", captured.err)
+    assert re.search(said, captured.out) and "(--stages.0)" in captured.out
+    assert "images/s" in captured.err and "retained" not in captured.err  # one probe says nothing of later steps
 
 
 def test_the_saved_configuration_starts_the_same_run(unbroken, tmp_path):
@@ -124,9 +125,52 @@ def test_a_resumed_run_takes_a_longer_stage_and_one_more(tmp_path, stop):
 def test_a_stage_cannot_end_before_what_it_has_made(unbroken):
     config = parse(["--resume", str(unbroken), "--stages.1.steps", "4"]).config
     before = (unbroken / "config.json").read_text(), (unbroken / "plans.json").read_text()
-    with pytest.raises(UserError, match="stage 2 has made 6 steps and cannot end at 4: give x6 or more"):
+    with pytest.raises(
+        UserError, match=r"stage 2 \(--stages.1\) has made 6 steps and cannot end at 4: give x6 or more"
+    ):
         training.run(config, resume=True)
     assert before == ((unbroken / "config.json").read_text(), (unbroken / "plans.json").read_text())
+
+
+def test_a_finished_run_is_left_alone(tmp_path, capsys, monkeypatch):
+    """But for its last images, where a kill came before them."""
+
+    def resume(*more):
+        monkeypatch.setattr(sys, "argv", ["maskdiff train", "--resume", str(tmp_path / "run"), *more])
+        train.main()
+        return capsys.readouterr().out.splitlines()[-1]
+
+    def content():
+        return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file()}
+
+    stages = ("--stages", "dense x1 b4, dense x2 b4", "--sample-count", "1", "--sample-steps", "1")
+    training.run(tiny(tmp_path / "run", *stages))
+    before, words = content(), "is finished already, at step 3: nothing left to do; it goes on with "
+    assert resume().endswith(words + "a longer last stage (--stages.1.steps) or further ones (--stages 'S, S, ...')")
+    assert resume("--max-steps", "2").endswith(words + "a larger --max-steps (or none)")
+    assert content() == before
+    (tmp_path / "run/samples/step-00000003.png").unlink()
+    assert resume().startswith("trained 3 steps") and content().keys() == before.keys()
+    assert resume("--stages.1.steps", "3").startswith("trained 4 steps")
+
+
+def test_a_signal_at_the_last_images_stops_nothing(tmp_path, monkeypatch):
+    def sample(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(training.sampling, "sample", sample)
+    done = training.run(tiny(tmp_path / "run", "--stages", "dense x1 b4", "--sample-count", "1"))
+    assert done.stopped_by is None and done.step == 1 and not done.was_over
+
+
+def test_what_max_steps_and_warm_ups_do_is_said_at_the_start(tmp_path, capsys):
+    stages = "dense x2 b4 lr1e-3 w5, dense x9 b4 w9"
+    training.run(tiny(tmp_path / "run", "--stages", stages, "--max-steps", "2"))
+    said = capsys.readouterr().out
+    assert "note: by --max-steps 2 the run ends before stage 2 (--stages.1), dense\n" in said
+    assert "note: stage 1 (--stages.0) has 2 steps and a warm-up of 5: its learning rate ends at 0.0004" in said
+    assert said.count("note:") == 2 and said.index("note:") < said.index("stage 1/2")
 
 
 COMMAND = """

@@ -49,8 +49,11 @@ def test_a_run_in_its_first_stage(run):
     smoothed = sum(1 / step for step in range(1, 40)) / 39
     bars = lines["loss"].split()[1]
     assert lines["loss"].strip().startswith(f"{smoothed:.4f}  █") and bars.endswith("▁") and len(bars) == 39
+    assert lines["loss"].endswith("mean of the last 40 steps")
     assert lines["held out"].strip().startswith("0.2500") and lines["held out"].endswith("at step 40")
-    assert lines["speed"].strip() == "50 ms a step, 1280 images/s, 87% of the ideal speed-up retained"
+    assert lines["speed"].strip() == (
+        "50 ms a step, 1280 images/s, 87% of the ideal speed-up over the dense steps timed before the stage"
+    )
     assert lines["lr"].strip() == "0.001   gradient norm 0.5" and lines["skipped"].strip() == "1 steps"
     assert "by rate" not in lines and "time left" not in lines
     write(run, with_rates)
