@@ -286,13 +286,19 @@ class UViT(nn.Module):
         labels: Tensor | None = None,  # [B, A], or [B] with one attribute; -1 = missing
         keep_ids: Tensor | None = None,  # [B, K] visible patches
     ) -> Tensor:  # [B, C, H, W]; with keep_ids [B, K, P * P * C]
-        """The model on images: predicts for the whole of each, or for its visible patches alone."""
+        """The model on images: predicts for the whole of each, or for its visible patches alone.
+
+        Raises ValueError for labels that it does not have; on a GPU that check would wait for the device and is left
+        out.
+        """
         config = self.config
         expected = (config.channels, config.image_size, config.image_size)
         if x_t.dim() != 4 or tuple(x_t.shape[1:]) != expected:
             raise ValueError(f"x_t must be [B, {', '.join(map(str, expected))}], got {list(x_t.shape)}")
         if labels is not None and labels.dim() == 1:
             labels = labels[:, None]
+        if labels is not None and labels.device.type == "cpu":
+            check_labels(labels, config.classes)
         patches = patchify(x_t, config.patch)
         if keep_ids is None:
             return unpatchify(self(patches, t, labels), config.patch, config.grid)
@@ -345,6 +351,16 @@ class UViT(nn.Module):
             # The label token starts as large as the time token, whose sinusoids have a mean square of 1/2.
             nn.init.normal_(self.label_table, std=(2 * len(self.config.classes)) ** -0.5 if fan_in else 1.0)
             nn.init.trunc_normal_(self.unconditional, std=0.02)
+
+
+def check_labels(
+    labels: Tensor,  # [B, A] integer, on the CPU
+    classes: tuple[int, ...],
+) -> None:
+    """Raises UserError, a ValueError, for a label that an attribute does not have."""
+    for attribute, (column, values) in enumerate(zip(labels.unbind(1), classes, strict=False)):
+        if wrong := column[(column < -1) | (column >= values)].tolist():
+            raise UserError(f"label {wrong[0]} of attribute {attribute}: it takes 0 to {values - 1}, or -1 for missing")
 
 
 def cast_products(model: nn.Module, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ from .errors import Parser, UserError, run_command
 from .model import cast_products
 from .pretrained import LoadedRun, load_run
 from .sampling import SAMPLERS, Sampler
+from .sheet import captioned, label_words
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -52,6 +53,8 @@ def main() -> None:
         start = sampling.between(model.config, first, last, options.count)
         labels = None if labels is None else labels[:1].expand(options.count, -1)  # the noise alone changes
 
+    texts = _captions(labels, loaded.meta.get("class_names") or []) if options.captions else None
+
     def draw(ids: Tensor):
         return sampling.batches(model, loaded.diffusion, sampler, start, ids, labels, options.batch, progress=True)
 
@@ -59,7 +62,8 @@ def main() -> None:
     if Path(options.out).suffix.lower() in PICTURES:
         drawn = options.count
         images = torch.cat([images for _, images in draw(torch.arange(drawn))])
-        _save_grid(images, options.out, None if options.interpolate is None else min(drawn, 10))
+        across = sampling.columns_of(drawn) if options.interpolate is None else min(drawn, 10)
+        _save_grid(images, options.out, across, texts)
     else:
         drawn = folder.fill(Path(options.out), options.count, _settings(options, loaded, sampler, dtype), draw)
     rate = drawn / (time.perf_counter() - began)
@@ -98,6 +102,7 @@ def _parser() -> Parser:
         help="what to draw: [ATTRIBUTE=]VALUE,... by name or number, several such sets separated by ';' in turn; what "
         "is not named is drawn at random; 'none': without labels (default of a labelled model: all at random)",
     )
+    parser.add_argument("--captions", action="store_true", help="writes the labels of each image under it, in a grid")
     parser.add_argument(
         "--interpolate",
         type=int,
@@ -129,6 +134,8 @@ def _check(options: argparse.Namespace) -> None:
     picture = Path(options.out).suffix.lower() in PICTURES
     if options.path and not picture:
         raise UserError(f"--path makes one picture: name it with --out, such as path.png, not {options.out}")
+    if options.captions and (options.path or not picture):
+        raise UserError("--captions are written into a grid: name one with --out, such as grid.png, without --path")
 
 
 def _dtype(asked: str | None, meta: dict[str, Any], device: torch.device) -> torch.dtype:
@@ -164,10 +171,17 @@ def _settings(options: argparse.Namespace, loaded: LoadedRun, sampler: Sampler, 
     }
 
 
-def _save_grid(images: Tensor, out: str, across: int | None) -> None:
+def _captions(labels: Tensor | None, class_names: Sequence[Sequence[str]]) -> list[list[str]]:
+    if labels is None:
+        raise UserError("--captions are the names of labels, and these images have none: leave it out")
+    return [label_words(label, class_names) for label in labels.tolist()]
+
+
+def _save_grid(images: Tensor, out: str, across: int, texts: list[list[str]] | None = None) -> None:
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder.save(sampling.grid(images, across=across), path)
+    sheet = sampling.grid(images, across=across) if texts is None else captioned(images, texts, across)
+    folder.save(sheet, path)
 
 
 def wanted_labels(

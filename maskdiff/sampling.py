@@ -13,7 +13,7 @@ from maskdiff_kernels import philox
 
 from .diffusion import Diffusion
 from .errors import UserError
-from .model import ModelConfig, UViT
+from .model import ModelConfig, UViT, check_labels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -300,9 +300,7 @@ def _checked(labels: Tensor, count: int, classes: tuple[int, ...]) -> Tensor:
     labels = labels[:, None] if labels.dim() == 1 else labels
     if labels.shape[0] < count or tuple(labels.shape[1:]) != (len(classes),):
         raise UserError(f"labels must be [{count}, {len(classes)}] for {count} images, got {list(labels.shape)}")
-    for attribute, (column, values) in enumerate(zip(labels.cpu().unbind(1), classes, strict=True)):
-        if wrong := column[(column < -1) | (column >= values)].tolist():
-            raise UserError(f"label {wrong[0]} of attribute {attribute}: it takes 0 to {values - 1}, or -1 for missing")
+    check_labels(labels.cpu(), classes)
     return labels
 
 
@@ -361,19 +359,23 @@ def grid(
 ) -> "Image":
     """Lays images out in rows on white.
 
-    across: images a row. None: nearly a square, without a gap at the end if a slightly wider one has none.
+    across: images a row; None: `columns_of`.
     """
     count, height, width, channels = images.shape
-    if across is None:
-        root = math.sqrt(count)
-        full = [across for across in range(math.ceil(root), int(1.6 * root) + 1) if count % across == 0]
-        across = full[0] if full else math.ceil(root)
+    across = across or columns_of(count)
     down = math.ceil(count / across)
     sheet = torch.full((down * (height + gap) + gap, across * (width + gap) + gap, channels), 255, dtype=torch.uint8)
     for i, image in enumerate(images):
         top, left = gap + i // across * (height + gap), gap + i % across * (width + gap)
         sheet[top : top + height, left : left + width] = image
     return to_image(sheet)
+
+
+def columns_of(count: int) -> int:
+    """Images a row of so many: nearly a square, without a gap at the end if a slightly wider one has none."""
+    root = math.sqrt(count)
+    full = [across for across in range(math.ceil(root), int(1.6 * root) + 1) if count % across == 0]
+    return full[0] if full else math.ceil(root)
 
 
 def to_image(

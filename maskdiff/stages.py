@@ -156,6 +156,21 @@ def warmup_too_long(number: int, stage: Stage, steps: int) -> str | None:
     )
 
 
+def length_notes(
+    stages: Sequence[Stage],
+    lengths: Sequence[int | None],  # of each in steps; None: not known yet
+    begun: int,  # the stages before this one are over
+    most: int | None,  # --max-steps
+) -> list[str]:
+    """What --max-steps and warm-ups make of the stages, as far as their lengths are known: a line each."""
+    cut = None if most is None else cut_short(stages, lengths, most)
+    notes = [] if cut is None else [f"by --max-steps {most} {cut}"]
+    for number, (stage, length) in enumerate(zip(stages, lengths, strict=True)):
+        if number >= begun and length is not None and (told := warmup_too_long(number, stage, length)):
+            notes.append(told)
+    return notes
+
+
 def tokens_of(mask: Mask, batch: int, extras: int) -> int:
     """Tokens of a step, counted exactly: `batch` holds whole groups."""
     return batch // len(mask.counts) * sum(mask.counts) + batch * extras

@@ -28,11 +28,12 @@ from .model import UViT
 from .optim import FlatState, Hyper, kernels
 from .pretrained import check_initial, initial_weights
 from .runlog import DeviceScalars, Logs, Progress
+from .sheet import captioned, label_words
 from .stages import (
     called,
-    cut_short,
     fit,
     learning_rate,
+    length_notes,
     micro_batch,
     micro_batches,
     minutes_of,
@@ -400,14 +401,9 @@ class _Training:
 
     def _check_lengths(self) -> None:
         """Says at the start what --max-steps and warm-ups make of the stages, as far as their lengths are known."""
-        stages = self.config.stages
-        lengths = [self.plans[i].steps if i in self.plans else stage.steps for i, stage in enumerate(stages)]
-        most = self.config.max_steps
-        if most is not None and (cut := cut_short(stages, lengths, most)):
-            Progress.say(f"note: by --max-steps {most} {cut}")
-        for number, length in enumerate(lengths):
-            if length is not None and number >= self.stage:
-                self._check_warmup(number, length)
+        lengths = [self.plans[i].steps if i in self.plans else s.steps for i, s in enumerate(self.config.stages)]
+        for note in length_notes(self.config.stages, lengths, self.stage, self.config.max_steps):
+            Progress.say(f"note: {note}")
 
     def _check_warmup(self, number: int, steps: int) -> None:
         if told := warmup_too_long(number, self.config.stages[number], steps):
@@ -560,6 +556,9 @@ class _Training:
                 batch=self.at_a_time,
             )
         sheet, file = sampling.grid(images), self._sheet()
+        if labels is not None:
+            texts = [label_words(label, self.names["class_names"]) for label in labels.tolist()]
+            sheet = captioned(images, texts, sampling.columns_of(count))
         file.parent.mkdir(exist_ok=True)
         folder.save(sheet, file)
         logs.picture(self.state.step, sheet)

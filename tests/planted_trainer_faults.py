@@ -38,6 +38,7 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("cut.permute(0, 2, 4, 3, 5, 1)", "cut.permute(0, 2, 4, 5, 3, 1)"),
             ("there.any(1, keepdim=True)", "there.all(1, keepdim=True)"),
             ('config.patches if config.position == "learned" else 0', "config.patches"),
+            ("column[(column < -1) | (column >= values)]", "column[(column < -1) | (column > values)]"),
         ),
     ),
     (
@@ -255,6 +256,21 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "maskdiff/training.py",
         (*trainer("training"), "-k", "retained or plan"),
         (("self.dense_ms / step_ms / self.ideal", "self.dense_ms / step_ms"),),
+    ),
+    (
+        "maskdiff/training.py",
+        (*trainer("training"), "-k", "finished or last_images"),
+        (
+            ("if self._was_over():", "if False:"),
+            ("or self._sheet().exists()", "or True"),
+            ("self.state.step, stopped_by)", "self.state.step, self.stopped_by)"),
+        ),
+    ),
+    ("maskdiff/stages.py", trainer("stages"), (("if left < length:", "if left <= length:"),)),
+    (
+        "maskdiff/options.py",
+        (*trainer("config"), "-k", "hints"),
+        (("if begun is None or _is_free", "if True or _is_free"),),
     ),
     (
         "maskdiff/loggers.py",

@@ -84,7 +84,7 @@ def test_tensorboard_shows_every_figure_of_a_broken_run_once(broken):
     assert dict(speeds["speed/images_per_s"])[12] == pytest.approx(8 / (log[12]["step_ms"] / 1e3), rel=1e-6)
     assert dict(speeds["speed/retained"])[8] == pytest.approx(log[8]["retained"], rel=1e-6)
     assert [event.step for event in events.Images("samples")] == [5, 10, 14]
-    assert (events.Images("samples")[0].width, events.Images("samples")[0].height) == (70, 70)
+    assert (events.Images("samples")[0].width, events.Images("samples")[0].height) == (140, 260)  # captions below
 
 
 def records(path):

@@ -299,6 +299,9 @@ def test_one_attribute_takes_labels_without_a_second_dimension():
     model = shaken(ModelConfig(width=32, blocks=1, heads=1, classes=(5,)))
     images, t, label = torch.randn(2, 3, 32, 32), torch.tensor([1, 2]), torch.tensor([4, -1], dtype=torch.int32)
     assert torch.equal(model.predict(images, t, label), model.predict(images, t, label[:, None]))
+    for wrong in (5, -2):
+        with pytest.raises(ValueError, match=f"label {wrong} of attribute 0: it takes 0 to 4, or -1 for missing"):
+            model.predict(images, t, torch.tensor([4, wrong]))
 
 
 def test_timesteps_need_not_be_integers():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskdiff import checkpoint, sample, sampling
+from maskdiff import checkpoint, sample, sampling, sheet
 from maskdiff.config import Config, OptimConfig, config_to_dict
 from maskdiff.diffusion import TARGETS, Diffusion, DiffusionConfig
 from maskdiff.errors import UserError, run_command
@@ -222,6 +222,17 @@ def test_command_draws_single_images(runs, tmp_path, monkeypatch):
         command(monkeypatch, runs / "plain", "--out", tmp_path)
 
 
+def test_captions_are_the_labels_that_were_asked_for(runs, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(sample, "captioned", lambda *arguments: said.append(arguments) or sheet.captioned(*arguments))
+    more = ("--count", 3, "--out", tmp_path / "grid.png", "--labels", "red,cap;blond,hat=none", "--captions")
+    command(monkeypatch, runs / "labelled", *more)
+    assert said[0][1:] == ([["red", "cap"], ["blond", "none"], ["red", "cap"]], 2)
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (4 + 2 * 68, 4 + 2 * (64 + 4 + 2 * 12))
+    assert sheet.label_words([2, -1], CLASS_NAMES) == ["none", "-"] and sheet.label_words([2, 1], []) == ["2", "1"]
+
+
 def test_label_words():
     def wanted(text, names=LABEL_NAMES, classes=CLASS_NAMES, count=2):
         return sample.wanted_labels(text, count, (3, 2), 0, names, classes)
@@ -254,6 +265,8 @@ def test_label_words():
         (["plain", "--smapler=ddim"], "unexpected '--smapler=ddim'; did you mean --sampler?"),
         (["plain", "--steps", "many"], "argument --steps: invalid int value: 'many'; --help"),
         (["plain", "--interpolate", "1", "2", "--seed", "0"], "leave --seed out"),
+        (["plain", "--captions"], "these images have none"),
+        (["labelled", "--captions", "--out", "folder"], "name one with --out"),
     ],
 )
 def test_command_says_what_is_wrong_in_one_line(runs, tmp_path, monkeypatch, capsys, arguments, words):

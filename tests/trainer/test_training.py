@@ -15,6 +15,7 @@ import torch
 
 from maskdiff import capture, checkpoint, flops, train, training
 from maskdiff.config import Config, ModelConfig, config_to_dict, load_config
+from maskdiff.data import prepare
 from maskdiff.errors import UserError
 from maskdiff.options import parse
 
@@ -159,9 +160,15 @@ def test_a_signal_at_the_last_images_stops_nothing(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
 
+    texts = []
+    captioned = training.captioned
+    monkeypatch.setattr(training, "captioned", lambda *arguments: texts.append(arguments[1]) or captioned(*arguments))
     monkeypatch.setattr(training.sampling, "sample", sample)
     done = training.run(tiny(tmp_path / "run", "--stages", "dense x1 b4", "--sample-count", "1"))
     assert done.stopped_by is None and done.step == 1 and not done.was_over
+    packed = prepare("faces:200", 32, 4)  # and they have the labels of the first held-out images under them
+    label = packed.labels[packed.heldout_ids[0]].tolist()
+    assert texts == [[[names[value] for names, value in zip(packed.class_names, label, strict=True)]]]
 
 
 def test_what_max_steps_and_warm_ups_do_is_said_at_the_start(tmp_path, capsys):
