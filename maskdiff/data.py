@@ -116,8 +116,7 @@ def prepare(
     recipe = [source.recipe(), image_size, patch, heldout]
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip(".")[:40]
-    root = Path(cache or os.environ.get("MASKDIFF_CACHE") or Path.home() / ".cache" / "maskdiff")
-    target = root / f"{name}-{image_size}px-p{patch}-{key}"
+    target = cache_folder(cache) / f"{name}-{image_size}px-p{patch}-{key}"
     if target.is_dir():
         try:
             return open_packed(target, patch)
@@ -137,6 +136,11 @@ def _part(packed: PackedSet, subset: str) -> PackedSet:
     ids = packed.train_ids
     chosen = lowest((b"%d" % number for number in ids.tolist()), len(ids), subset, str(packed.path))
     return replace(packed, train_ids=ids[torch.from_numpy(chosen)], hash=f"{packed.hash}-{len(chosen)}")
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """Where all that can be made again is kept: `cache`, else $MASKDIFF_CACHE, else ~/.cache/maskdiff."""
+    return Path(cache or os.environ.get("MASKDIFF_CACHE") or Path.home() / ".cache" / "maskdiff")
 
 
 def source_of(spec: str, options: Options) -> Source:
