@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train a model: masked pre-training, then fine-tuning on whole images",
     "watch": "show in a terminal how a run is going",
     "sample": "draw images with a trained model",
+    "evaluate": "judge a run's samples, or any images, against real images",
     "pack": "pack pictures of any kind for training, check and show packed sets",
     "evaluate": "judge samples by their distance from real images: FID, KID, precision, recall",
     "sweep": "train at several mask rates in equal time, and report what masking buys",

@@ -97,8 +97,8 @@ def load(spec: str | os.PathLike | None = None, device: str | torch.device = "au
 def _torchscript(path: Path, device: torch.device) -> Net:
     try:
         model = torch.jit.load(str(path), map_location=device).eval()
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is no TorchScript file, or it is damaged: {first_line(error)}") from None
+    except (RuntimeError, ValueError):
+        raise UserError(f"{path} is no TorchScript file, or it is damaged: fetch it again, or export it anew") from None
 
     def net(planes: Tensor) -> Tensor:
         found = model(planes, return_features=True)

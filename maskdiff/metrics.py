@@ -228,9 +228,10 @@ class Reference:
         if features.dim() != 2 or features.shape[1] != width:
             raise UserError(f"features are {list(features.shape)}, the real images' are [N, {width}]: of one extractor")
         kid, kid_std = kernel_distance(self.features, features) or (None, None)
-        near = neighbourhoods(self.features, features, self.reach) or (None,) * 4
+        near = neighbourhoods(self.features, features, self.reach)
+        precision, recall, density, coverage = near or (None, None, None, None)
         frechet = frechet_distance(self.moments, moments(features))
-        return Scores(frechet, kid, kid_std, *near, count=len(features), real_count=self.count)
+        return Scores(frechet, kid, kid_std, precision, recall, density, coverage, len(features), self.count)
 
 
 def progress(batches: Iterator[Tensor], ids: Tensor) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ def main() -> None:
     _check(options)
     loaded = load_run(options.run, options.weights)
     device = precision.resolve_device(options.device)
-    dtype = _dtype(options.precision, loaded.meta, device)
+    dtype = dtype_of(options.precision, loaded.meta, device)
     model = loaded.model if options.image_size is None else loaded.model.resized(options.image_size)
     model.to(device)
     cast_products(model, dtype)
@@ -36,7 +36,7 @@ def main() -> None:
         loaded.meta.get("label_names") or [],
         loaded.meta.get("class_names") or [],
     )
-    sampler = _sampler(options, loaded, labels)
+    sampler = sampler_of(options, loaded, labels)
     if options.path:
         noise, generators = sampling.seeded(model.config, options.seed)(torch.arange(options.count))
         labels = None if labels is None else labels.to(device)
@@ -138,14 +138,15 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--captions are written into a grid: name one with --out, such as grid.png, without --path")
 
 
-def _dtype(asked: str | None, meta: dict[str, Any], device: torch.device) -> torch.dtype:
+def dtype_of(asked: str | None, meta: dict[str, Any], device: torch.device) -> torch.dtype:
+    """What a run's model computes in: as asked, else as it was trained where this device can."""
     if asked is not None:
         return precision.resolve_precision(asked, device)
     trained = (meta.get("environment") or {}).get("dtype")
     return torch.float32 if trained == "float32" else precision.resolve_precision("auto", device)
 
 
-def _sampler(options: argparse.Namespace, loaded: LoadedRun, labels: Tensor | None) -> Sampler:
+def sampler_of(options: argparse.Namespace, loaded: LoadedRun, labels: Tensor | None) -> Sampler:
     """What the options say, over what the run says."""
     config = loaded.config
     name = options.sampler or config.sampler
