@@ -10,7 +10,6 @@ COMMANDS = {
     "sample": "draw images with a trained model",
     "evaluate": "judge a run's samples, or any images, against real images",
     "pack": "pack pictures of any kind for training, check and show packed sets",
-    "evaluate": "judge samples by their distance from real images: FID, KID, precision, recall",
     "sweep": "train at several mask rates in equal time, and report what masking buys",
     "transfer": "train with and without pre-training on other images in equal time, and report what it buys",
     "bench": "measure a training step at several mask rates against plain PyTorch",
