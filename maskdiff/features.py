@@ -1,6 +1,7 @@
 """What turns images into features to compare them by: the public Inception file, others like it, a built-in one."""
 
 import hashlib
+import http.client
 import os
 import urllib.error
 from collections.abc import Callable, Iterable
@@ -127,7 +128,7 @@ def _inception() -> Path:
             return path
         try:  # written beside its place, and renamed when its hash is right
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256)
-        except (urllib.error.URLError, TimeoutError, RuntimeError, ConnectionError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, OSError, RuntimeError) as error:
             raise UserError(
                 f"{INCEPTION_URL} could not be fetched: {first_line(error)}; try again, or fetch it by other means and "
                 "give the file with --features"
