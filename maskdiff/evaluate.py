@@ -218,6 +218,9 @@ def _real(options: argparse.Namespace, run: LoadedRun | None, size: int, patch: 
 
 def _prepared(options: argparse.Namespace, spec: str, size: int, patch: int) -> PackedSet:
     if is_packed(Path(spec)):
+        for option in ("crop", "background"):
+            if getattr(options, option) is not None:
+                raise UserError(f"--{option}: {spec} is packed already; pack its pictures again with --{option}")
         return data.open_packed(spec)
     return data.prepare(spec, size, patch, options.background or "white", options.crop or "centre")
 

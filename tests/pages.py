@@ -37,6 +37,8 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     "maskdiff.diffusion": ("Diffusion", "DiffusionConfig"),
     "maskdiff.sampling": ("sample", "random_labels", "grid", "to_image"),
     "maskdiff.data": ("prepare", "open_packed", "PackedSet"),
+    "maskdiff.features": ("load", "Extractor"),
+    "maskdiff.metrics": ("Reference", "Scores", "frechet_distance", "moments", "kernel_distance", "neighbourhoods"),
     "maskdiff.errors": ("UserError",),
     "maskdiff_kernels": (),
 }

@@ -324,4 +324,40 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     ("maskdiff/study/study.py", trainer("sweep"), (('len(plan["points"]) * each', "each"),)),
+    (
+        "maskdiff/metrics.py",
+        trainer("metrics"),
+        (
+            ("products / (count - 1)", "products / count"),
+            ("n_neighbors=max(NEIGHBOURS)", "n_neighbors=max(NEIGHBOURS) + 1, metric='manhattan'"),
+            ("recalled |= (distances <= own[:, None])", "recalled |= (distances <= near)"),
+            ("dense / (NEIGHBOURS[1] * count)", "dense / (NEIGHBOURS[0] * count)"),
+            ("torch.manual_seed(KID_SEED)", "pass"),
+            ("-{extractor.digest}-{numbers}", "-{numbers}"),
+            ("-{numbers}-", "-"),
+            ("not all(tensor.isfinite()", "any(tensor.isnan()"),
+        ),
+    ),
+    (
+        "maskdiff/features.py",
+        trainer("features"),
+        (
+            ("if sha256 == INCEPTION_SHA256:", 'if name.startswith("inception"):'),
+            ("str(path), INCEPTION_SHA256)", "str(path))"),
+            ("gain = 2 ** (LEVELS - 1 - level)", "gain = 2 ** level"),
+        ),
+    ),
+    (
+        "maskdiff/nearest.py",
+        trainer("evaluate"),
+        (("places + start", "places"), ("best / points.shape[1] ** 0.5", "best")),
+    ),
+    (
+        "maskdiff/evaluate.py",
+        trainer("evaluate"),
+        (
+            ("ids = torch.arange(len(packed))", "ids = packed.train_ids"),
+            ("sampling.seeded(model.config, options.seed)", "sampling.seeded(model.config, 0)"),
+        ),
+    ),
 )

@@ -123,9 +123,11 @@ def test_memorised_samples_are_nearer_than_heldout_images(tmp_path, monkeypatch,
         (["RUN", "--count", "1"], "2 images or more"),
         (["RUN", "--features", "none.pt"], "no such file"),
         (["RUN", "--guidance", "2", "--data", "faces:30"], "guidance of 2 needs labels"),
+        (["RUN", "--data", "PACKED", "--crop", "celeba"], "--crop: .* is packed already"),
         (["nothing", "--data", "faces:30", "--image-size", "16"], "no data at 'nothing'"),
     ],
 )
 def test_mistakes_are_told_in_a_line(runs, monkeypatch, arguments, said):
+    places = {"RUN": runs / "plain", "PACKED": data.prepare("faces:80", 16, SHAPE.patch, heldout=0.2).path}
     with pytest.raises(UserError, match=said):
-        command(monkeypatch, *[str(runs / "plain") if word == "RUN" else word for word in arguments])
+        command(monkeypatch, *[places.get(word, word) for word in arguments])
