@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ..errors import UserError
@@ -68,23 +68,34 @@ class Figure:
     keys: tuple[Key, ...] = ()
     dots: bool = False  # drawn as dots, not as lines
 
+    @cached_property
+    def _drawn(self) -> dict[str, Any]:
+        return dict(self.chart.to_dict())
+
     def spec(self) -> dict[str, Any]:
         """The Vega-Lite specification for the page: as wide as its place, legend left to the page."""
-        chart = self.chart.properties(width="container", height=self.height).configure(
-            **{**CONFIG, "legend": {"disable": True}}
-        )
-        return dict(chart.to_dict())
+        size = {"width": "container", "height": self.height}
+        return {**self._drawn, **size, "config": {**CONFIG, "legend": {"disable": True}}}
 
-    def for_picture(self, alt: Any) -> Any:
-        """The chart in a size of its own, its title above and its legend below, where it has one of several names."""
-        chart = self.chart.properties(width=430, height=self.height, title=alt.Title(self.title))
-        if len(self.keys) < 2 and self.keys:
-            chart = chart.copy(deep=True)
-            for layer in chart.layer:
-                for channel in ("color", "strokeDash"):
-                    if isinstance(layer.encoding[channel], alt.Color | alt.StrokeDash):
-                        layer.encoding[channel].legend = None
-        return chart
+    def part(self) -> dict[str, Any]:
+        """The same as a part of a picture: of a size of its own, titled, without a legend of one line."""
+        kept = {key: value for key, value in self._drawn.items() if key not in ("$schema", "config", "datasets")}
+        if len(self.keys) == 1:
+            kept["layer"] = [
+                {**layer, "encoding": {key: _mute(value) for key, value in layer["encoding"].items()}}
+                for layer in kept["layer"]
+            ]
+        return {**kept, "width": 430, "height": self.height, "title": self.title}
+
+    def data(self) -> dict[str, Any]:
+        """What it draws, by the names that its specification has for it."""
+        return dict(self._drawn.get("datasets", {}))
+
+
+def _mute(channel: Any) -> Any:
+    """An encoding channel without its legend."""
+    coloured = isinstance(channel, dict) and "range" in (channel.get("scale") or {})
+    return {**channel, "legend": None} if coloured else channel
 
 
 def _altair() -> Any:
@@ -117,12 +128,19 @@ def picture(figures: Sequence[Figure], title: Sequence[str], across: int = 2) ->
     import vl_convert
     from PIL import Image
 
-    alt = _altair()
-    charts = [one.for_picture(alt) for one in figures]
-    heading = alt.Title(title[0], subtitle=list(title[1:]), fontSize=19, subtitleFontSize=14, subtitleColor=INK)
-    whole = alt.concat(*charts, columns=across, spacing=40).properties(title=heading, padding=24).configure(**CONFIG)
-    whole = whole.resolve_scale(color="independent", strokeDash="independent", shape="independent")
-    drawn = vl_convert.vegalite_to_png(json.dumps(whole.to_dict()), scale=1.5)
+    heading = {"text": title[0], "subtitle": list(title[1:]), "fontSize": 19, "subtitleFontSize": 14}
+    whole = {
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "title": {**heading, "subtitleColor": INK},
+        "concat": [one.part() for one in figures],
+        "datasets": {key: value for one in figures for key, value in one.data().items()},
+        "columns": across,
+        "spacing": 40,
+        "padding": 24,
+        "resolve": {"scale": dict.fromkeys(("color", "strokeDash", "shape"), "independent")},
+        "config": CONFIG,
+    }
+    drawn = vl_convert.vegalite_to_png(json.dumps(whole), scale=1.5)
     small = io.BytesIO()
     Image.open(io.BytesIO(drawn)).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
     return small.getvalue()

@@ -116,11 +116,8 @@ def _section(one: Section) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    legend = (
-        f"<ul class=legend>{''.join(_key(key, figure.dots) for key in figure.keys)}</ul>"
-        if len(figure.keys) > 1
-        else ""
-    )
+    names = "".join(_key(key, figure.dots) for key in figure.keys)
+    legend = f"<ul class=legend>{names}</ul>" if len(figure.keys) > 1 else ""
     note = f"<figcaption>{escape(figure.note)}</figcaption>" if figure.note else ""
     return (
         f'<figure><h3>{escape(figure.title)}</h3>{legend}<div class=chart data-chart="{escape(figure.name)}" '
@@ -130,10 +127,8 @@ def _figure(figure: Figure) -> str:
 
 def _key(key: Key, dot: bool) -> str:
     if dot:
-        mark = (
-            f'<svg width="14" height="14" aria-hidden="true"><path d="{MARKS[key.shape]}" fill="{key.colour}"/></svg>'
-        )
-        return f"<li>{mark}{escape(key.name)}</li>"
+        path = f'<path d="{MARKS[key.shape]}" fill="{key.colour}"/>'
+        return f'<li><svg width="14" height="14" aria-hidden="true">{path}</svg>{escape(key.name)}</li>'
     dash = "" if key.dash == (1, 0) else f' stroke-dasharray="{" ".join(map(str, key.dash))}"'
     return (
         f'<li><svg width="22" height="10" aria-hidden="true"><line x1="0" y1="5" x2="22" y2="5" stroke="{key.colour}" '
@@ -344,7 +339,7 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:#fff;color:var(--ink);font:16px/1.5 "Helvetica Neue",Helvetica,Arial,"Liberation Sans",
 "DejaVu Sans",sans-serif;-webkit-text-size-adjust:100%}
-main{max-width:1180px;margin:0 auto;padding:24px 20px 60px}
+main{overflow-wrap:anywhere;max-width:1180px;margin:0 auto;padding:24px 20px 60px}
 h1{font-size:1.7rem;line-height:1.2;margin:.3em 0 .6em}
 h2{font-size:1.25rem;margin:0 0 .4em;display:inline-block}
 h3{font-size:1rem;margin:0 0 .3em}
@@ -362,7 +357,7 @@ summary{cursor:pointer}
 figcaption,.note{font-size:.85rem;color:var(--soft);max-width:75ch}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:2px 14px;margin:0 0 .4em;padding:0;font-size:.85rem}
 .legend svg{margin-right:6px;vertical-align:middle}
-.wide{overflow-x:auto;margin-top:1em}
+.wide{overflow-x:auto;overflow-wrap:normal;margin-top:1em}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:5px 9px 5px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 thead th{vertical-align:bottom;color:var(--soft);font-weight:normal;white-space:normal;min-width:4.5em}

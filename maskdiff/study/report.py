@@ -30,23 +30,23 @@ def write(folder: Path) -> list[Path]:
     """
     charts.check()
     study = results.read(folder)
-    said = _said(study) if study.plan["kind"] == "sweep" else Said(*transfer_report.said(study))
+    told = said(study) if study.plan["kind"] == "sweep" else Said(*transfer_report.said(study))
     missing = study.missing
     if missing:
         there = len(study.plan["cells"]) - len(missing)
-        said.sentences.insert(1, f"Not finished: {there} of {len(study.plan['cells'])} cells are there so far.")
-    sections = _sections(study, said) if study.plan["kind"] == "sweep" else transfer_report.sections(study)
+        told.sentences.insert(1, f"Not finished: {there} of {len(study.plan['cells'])} cells are there so far.")
+    sections = _sections(study) if study.plan["kind"] == "sweep" else transfer_report.sections(study)
     paths = [folder / f"report.{ending}" for ending in ("html", "png", "csv", "json")]
-    paths[0].write_text(page.html(study, said.sentences, sections), encoding="utf-8")
+    paths[0].write_text(page.html(study, told.sentences, sections), encoding="utf-8")
     figures = [figure for section in sections for figure in section.figures if figure.name not in page.PAGE_ONLY]
-    heading = [study.plan["title"], *(line for text in said.sentences[:2] for line in page.wrapped(text, 125))]
+    heading = [study.plan["title"], *(line for text in told.sentences[:2] for line in page.wrapped(text, 125))]
     paths[1].write_bytes(charts.picture(figures, heading))
     with paths[2].open("w", newline="", encoding="utf-8") as file:
         lines = list(table(study))
         writer = csv.DictWriter(file, list(lines[0]) if lines else ["group"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    write_json(paths[3], results.plain_values(_everything(study, said)))
+    write_json(paths[3], results.plain_values(_everything(study, told)))
     return paths
 
 
@@ -55,7 +55,7 @@ def compared(study: Study) -> list[Group]:
     return [one for one in study.usual() if not one.baseline and not one.about["overrides"]]
 
 
-def _said(study: Study) -> Said:
+def said(study: Study) -> Said:
     """A sweep's verdict: by the Frechet distance, which decides, and by the held-out loss."""
     dense = study.dense()
     found = {}
@@ -91,7 +91,7 @@ def _counted(counts: list[int], what: str) -> str:
     return f"{low if low == high else f'{low} to {high}'} {what}{'' if high == 1 else 's'}"
 
 
-def _sections(study: Study, said: Said) -> list[page.Section]:
+def _sections(study: Study) -> list[page.Section]:
     """What a sweep's page shows, in order."""
     plain = study.plain()
     dense = study.dense()

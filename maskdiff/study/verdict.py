@@ -114,7 +114,8 @@ def decide(
         near = [key for key in near_best({**groups, name: baseline}) if key not in (best, name)]
         sentence = (
             f"On these images and this machine, pre-train at {best}: after equal training time its {measure} is "
-            f"{number(-gap.mean)} ({-gap.mean / abs(base):.0%}) below that of {name} ({_ends(-_end(gap.high), -_end(gap.low))}). "
+            f"{number(-gap.mean)} ({-gap.mean / abs(base):.0%}) below that of {name} "
+            f"({_ends(-_end(gap.high), -_end(gap.low))}). "
             + (f"It cannot be told apart from {_list(near)}." if near else "It is told apart from all others as well.")
         )
         return Verdict("better", best, gaps, near, worse, method, sentence + _worse(worse, name))

@@ -1,4 +1,4 @@
-"""A page as headless Chromium shows it: what it says of itself, and a picture of it."""
+"""Pages as headless Chromium shows them: what they say of themselves, and a picture."""
 
 import html
 import json
@@ -6,41 +6,44 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PROBE = """
 <script>
-const errors = [], frame = document.getElementById("page");
-frame.addEventListener("load", () => {
-  const page = frame.contentWindow, body = page.document.body;
-  page.addEventListener("error", event => errors.push(String(event.message)));
-  let waited = 0;
-  const timer = setInterval(() => {
-    if (!body.dataset.drawn && ++waited < 300) return;
-    clearInterval(timer);
-    const charts = [...page.document.querySelectorAll("[data-chart]")];
-    const right = element => element.getBoundingClientRect().right;
-    const text = [...page.document.querySelectorAll(".chart svg text")].filter(each => each.textContent.trim());
-    document.getElementById("said").textContent = JSON.stringify({
-      drawn: Number(body.dataset.drawn || 0),
-      charts: charts.length,
-      empty: charts.filter(each => !each.querySelector("svg [role=graphics-symbol]")).map(each => each.dataset.chart),
-      wide: charts.filter(each => each.querySelector("svg") && right(each.querySelector("svg")) > page.innerWidth)
-        .map(each => each.dataset.chart),
-      cut: text.filter(each => each.getBoundingClientRect().left < 0 || right(each) > page.innerWidth)
-        .map(each => each.textContent),
-      overflow: page.document.documentElement.scrollWidth - page.innerWidth,
-      height: page.document.documentElement.scrollHeight,
-      broken: [...page.document.images].filter(each => !each.naturalWidth).length,
-      smallest: Math.min(...text.map(each => parseFloat(page.getComputedStyle(each).fontSize))),
-      planted: page.document.querySelectorAll("b.planted, script.planted").length,
-      errors,
-    });
-  }, 100);
+const sources = JSON.parse(document.getElementById("sources").textContent), all = [];
+const ask = (frame, source) => new Promise(answer => {
+  frame.addEventListener("load", () => {
+    const page = frame.contentWindow, body = page.document.body;
+    let waited = 0;
+    const timer = setInterval(() => {
+      if (!body.dataset.drawn && ++waited < 300) return;
+      clearInterval(timer);
+      const charts = [...page.document.querySelectorAll("[data-chart]")];
+      const right = element => element.getBoundingClientRect().right;
+      const text = [...page.document.querySelectorAll(".chart svg text")].filter(each => each.textContent.trim());
+      answer({
+        drawn: Number(body.dataset.drawn || 0),
+        charts: charts.length,
+        empty: charts.filter(each => !each.querySelector("svg [role=graphics-symbol]")).map(each => each.dataset.chart),
+        wide: charts.filter(each => each.querySelector("svg") && right(each.querySelector("svg")) > page.innerWidth)
+          .map(each => each.dataset.chart),
+        cut: text.filter(each => each.getBoundingClientRect().left < 0 || right(each) > page.innerWidth)
+          .map(each => each.textContent),
+        overflow: page.document.documentElement.scrollWidth - page.document.documentElement.clientWidth,
+        height: page.document.documentElement.scrollHeight,
+        broken: [...page.document.images].filter(each => !each.naturalWidth).length,
+        smallest: Math.min(...text.map(each => parseFloat(page.getComputedStyle(each).fontSize))),
+        planted: page.document.querySelectorAll("b.planted, script.planted").length,
+      });
+    }, 100);
+  });
+  frame.srcdoc = source;
 });
-frame.srcdoc = JSON.parse(document.getElementById("source").textContent);
+Promise.all([...document.querySelectorAll("iframe")].map((frame, place) => ask(frame, sources[place])))
+  .then(said => { document.getElementById("said").textContent = JSON.stringify(said); });
 </script>
 """
 
@@ -50,22 +53,30 @@ def found() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-def look(page: Path, width: int, picture: Path | None = None, height: int = 900) -> dict[str, Any]:
-    """What a page says of itself when it is so many pixels wide, and its console's messages."""
-    source = json.dumps(page.read_text(encoding="utf-8")).replace("<", "\\u003c")
-    frame = f'<iframe id="page" style="border:0;display:block;width:{width}px;height:{height}px"></iframe>'
-    with tempfile.TemporaryDirectory() as folder:
+def look(
+    pages: Sequence[tuple[Path, int]],  # files, and how many pixels wide each is shown
+    picture: Path | None = None,
+    height: int = 900,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What pages say of themselves, and what came on the console. `picture`: a file to draw them in, in a column."""
+    sources = json.dumps([page.read_text(encoding="utf-8") for page, _ in pages]).replace("<", "\\u003c")
+    style = "border:0;display:block;height:{}px;width:{}px"
+    frames = "".join(f'<iframe style="{style.format(height, width)}"></iframe>' for _, width in pages)
+    held = f'<pre id="said" style="display:none"></pre><script type="application/json" id="sources">{sources}</script>'
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         outer = Path(folder) / "outer.html"
-        said = '<pre id="said" style="display:none"></pre>'
-        held = f'<script type="application/json" id="source">{source}</script>'
-        outer.write_text(f'<!doctype html><meta charset="utf-8"><body style="margin:0">{frame}{said}{held}{PROBE}')
+        outer.write_text(f'<!doctype html><meta charset="utf-8"><body style="margin:0">{frames}{held}{PROBE}')
         command = [str(found()), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        command += [f"--user-data-dir={folder}/profile", f"--window-size={max(width, 500)},{height}"]
-        command += ["--enable-logging=stderr", "--virtual-time-budget=40000", "--hide-scrollbars"]
+        command += [
+            "--hide-scrollbars",
+            f"--user-data-dir={folder}/profile",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=40000",
+        ]
+        command += [f"--window-size={max(500, *(width for _, width in pages))},{height * len(pages)}"]
         if picture is not None:
             subprocess.run([*command, f"--screenshot={picture}", outer.as_uri()], capture_output=True, timeout=120)
         done = subprocess.run([*command, "--dump-dom", outer.as_uri()], capture_output=True, text=True, timeout=120)
     match = re.search(r'<pre id="said"[^>]*>(.+?)</pre>', done.stdout, re.DOTALL)
     assert match, done.stderr[-2000:]
-    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    return {**json.loads(html.unescape(match[1])), "console": console}
+    return json.loads(html.unescape(match[1])), [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
