@@ -167,7 +167,9 @@ def _missing(names: Sequence[str]) -> str:
 
 def grids(study: Study, groups: Sequence[Group]) -> list[Picture]:
     """The samples of each group's first finished seed, real images before them."""
+    others = sorted(study.folder.glob("real-*.png"))  # of further sets
     found = [("Real images", "", study.folder / "real.png")]
+    found += [(f"Real images: {place.stem.removeprefix('real-')}", "", place) for place in others]
     for group in groups:
         for seed in sorted(group.rows):
             name = next(cell["name"] for cell in group.cells if cell["seed"] == seed)
@@ -251,10 +253,9 @@ def time_table(groups: Sequence[Group]) -> Table:
                 [
                     group.name if place == 0 else "",
                     named(stage["mask"]),
-                    f"{stage['steps']:,}",
-                    f"{stage['batch']}",
-                    f"{stage['tokens']:,}",
-                    number(stage["step_ms"]),
+                    *("" if stage[key] is None else f"{stage[key]:,}" for key in ("steps", "batch")),
+                    "" if place == 0 and stage["batch"] is None else f"{stage['tokens']:,}",
+                    "" if stage["step_ms"] is None else number(stage["step_ms"]),
                     f"{stage['seconds']:,.0f} s",
                     f"{stage['images']:,}",
                 ]
@@ -323,8 +324,8 @@ def facts(study: Study) -> list[tuple[str, str]]:
         ("weights", f"their average, decay {plan['ema']}"),
         ("seeds", f"{', '.join(map(str, seeds))}; of samples {plan['sample_seed']}"),
     ]
-    if plan.get("real_frechet") is not None:
-        real = plan["real_frechet"]
+    real = plan.get("real_frechets", plan.get("real_frechet"))
+    if real is not None:
         says = (
             "; ".join(f"{name} {number(one)}" for name, one in real.items() if one is not None)
             if isinstance(real, dict)

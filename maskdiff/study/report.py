@@ -33,8 +33,8 @@ def write(folder: Path) -> list[Path]:
     told = said(study) if study.plan["kind"] == "sweep" else Said(*transfer_report.said(study))
     missing = study.missing
     if missing:
-        there = len(study.plan["cells"]) - len(missing)
-        told.sentences.insert(1, f"Not finished: {there} of {len(study.plan['cells'])} cells are there so far.")
+        cells = sum(len(group.cells) for group in study.groups)
+        told.sentences.insert(1, f"Not finished: {cells - len(missing)} of {cells} cells are there so far.")
     sections = _sections(study) if study.plan["kind"] == "sweep" else transfer_report.sections(study)
     paths = [folder / f"report.{ending}" for ending in ("html", "png", "csv", "json")]
     paths[0].write_text(page.html(study, told.sentences, sections), encoding="utf-8")

@@ -129,7 +129,7 @@ def read(path: Path) -> Study:
         clock = path / "times.json"
         times = json.loads(clock.read_text()) if clock.exists() else {}
         by_name: dict[str, list[Cell]] = {}
-        for cell in plan["cells"]:
+        for cell in [*plan.get("pretraining", []), *plan["cells"]]:
             by_name.setdefault(cell["group"], []).append(
                 {"length": 1.0, "overrides": {}, "kind": "", "rate": 0.0, **cell}
             )
@@ -149,6 +149,8 @@ def read(path: Path) -> Study:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: a file of the study is damaged ({type(error).__name__}: {error})") from None
+    if plan["kind"] == "transfer":  # in order of the plan
+        return Study(path, plan, times, machine, groups)
     kinds = [cell.get("kind") for cell in plan["cells"]]
     groups.sort(
         key=lambda one: (
@@ -174,7 +176,8 @@ def speed_ups(study: Study) -> list[dict[str, Any]]:
     rows = {row["mask"]: row for row in study.times.get("steps", [])}
     if "dense" not in rows:
         return []
-    effective = {stage["mask"]: stage["effective_rate"] for cell in study.plan["cells"] for stage in cell["stages"]}
+    stages = [stage for group in study.groups for stage in group.about["stages"]]
+    effective = {stage["mask"]: stage["effective_rate"] for stage in stages}
     dense, found = rows["dense"], []
     for mask, row in rows.items():
         kind, _, rate = mask.partition(":")
@@ -263,12 +266,12 @@ def renamed(group: Group, name: str) -> Group:
 
 
 def account(group: Group) -> list[dict[str, Any]]:
-    """Where a group's time goes, a line for each stage of a cell."""
+    """Where a group's time goes: what was spent before it starts, then a line for each stage of a cell."""
     keys = ("mask", "steps", "batch", "step_ms", "seconds", "tokens")
-    return [
-        {**{key: stage[key] for key in keys}, "images": stage["steps"] * stage["batch"]}
-        for stage in group.about["stages"]
-    ]
+    before = group.about.get("before")
+    first = [{**dict.fromkeys(keys), **before, "mask": "pre-training"}] if before else []
+    stages = group.about["stages"]
+    return first + [{**{key: each[key] for key in keys}, "images": each["steps"] * each["batch"]} for each in stages]
 
 
 def plain_values(value: Any) -> Any:

@@ -7,6 +7,8 @@ from .charts import DASHES, DISTINCT, INK, Figure, Key
 from .results import Group, Study
 from .verdict import Interval, Verdict
 
+CURVES = "Bands: 95% intervals over seeds. Curves of pre-trained models begin where their pre-training ends."
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -22,49 +24,48 @@ class Pair:
         return f"{self.target}, {100 * self.share:g}% of the images"
 
     def scratch(self) -> Group | None:
-        """The row to beat; a dense one where there are several."""
-        own = [one for one in self.groups if one.about.get("source") is None]
-        return next((one for one in own if one.baseline), own[0] if own else None)
+        """The row to beat: from scratch for as long."""
+        return next((one for one in self.groups if one.baseline), None)
 
-    def others(self) -> list[Group]:
-        """The rest."""
-        scratch = self.scratch()
-        return [one for one in self.groups if one is not scratch]
+    def short(self) -> Group | None:
+        """From scratch in the fine-tuning's time alone."""
+        return next((one for one in self.groups if one.about.get("source") is None and not one.baseline), None)
+
+    def tuned(self) -> list[Group]:
+        """What was pre-trained."""
+        return [one for one in self.groups if one.about.get("source") is not None]
 
 
 def pairs(study: Study) -> list[Pair]:
-    """Target sets in order of the plan, large shares first. Cells that others start from are not compared."""
-    sources = {cell.get("pretrain") for group in study.groups for cell in group.cells} - {None}
+    """Target sets and shares in order of the plan. Cells that others start from are not among them."""
+    first = {cell["name"] for cell in study.plan.get("pretraining", [])}
     found: dict[tuple[str, float], list[Group]] = {}
-    for group in study.usual():
-        if group.about.get("target") is None or any(cell["name"] in sources for cell in group.cells):
-            continue
-        found.setdefault((group.about["target"], float(group.about["share"])), []).append(group)
-    targets = list(dict.fromkeys(cell.get("target") for cell in study.plan["cells"]))
-    order = sorted(found, key=lambda one: (targets.index(one[0]), -one[1]))
-    return [Pair(*one, found[one]) for one in order]
+    for group in study.groups:
+        if group.cells[0]["name"] not in first:
+            found.setdefault((group.about["target"], float(group.about["share"])), []).append(group)
+    targets = list(dict.fromkeys(target for target, _ in found))
+    return [Pair(*key, found[key]) for key in sorted(found, key=lambda key: (targets.index(key[0]), -key[1]))]
 
 
 def label(group: Group) -> str:
-    """How a curve is called, target and share aside: from what it starts and what it trains."""
-    about = group.about
-    source = "from scratch" if about.get("source") is None else f"pre-trained on {about['source']}"
-    if about.get("source") is not None and about.get("weights") not in (None, "ema"):
-        source += f", {about['weights']} weights"
-    masks = [stage["mask"] for stage in about["stages"] if stage["mask"] != "dense"]
-    return source + (f", {masks[0]}" if masks and about.get("source") is None else "")
+    """How a curve is called: from what it starts."""
+    source = group.about.get("source")
+    if source is None:
+        return "from scratch" if group.baseline else "from scratch, the fine-tuning's time"
+    return f"pre-trained on {source}"
 
 
 def said(study: Study) -> tuple[dict[str, Verdict], list[str]]:
     """A verdict for each target and share, and the sentences: a headline first."""
     found, sentences = {}, []
     for pair in pairs(study):
-        scratch, others = pair.scratch(), pair.others()
-        base = scratch.final("frechet") if scratch is not None else []
-        values = {label(one): each for one in others if (each := one.final("frechet"))}
-        one = verdict.decide(base, values, study.title, "training from scratch")
+        values = {label(one): each for one in pair.tuned() if (each := one.final("frechet"))}
+        one = verdict.decide(_ends(pair.scratch()), values, study.title, "training from scratch")
         found[pair.says] = one
         sentences.append(f"{pair.says}: {_short(one, study.title)}")
+        free = verdict.decide(_ends(pair.short()), values, study.title, "training from scratch")
+        if free.best is not None:
+            sentences[-1] += f" Against from scratch in the fine-tuning's time alone: {_sure(free)}."
     helped = sum(one.outcome == "better" for one in found.values())
     open_ones = sum(one.outcome == "open" for one in found.values())
     headline = (
@@ -77,21 +78,28 @@ def said(study: Study) -> tuple[dict[str, Verdict], list[str]]:
     return found, [headline, *sentences, method]
 
 
+def _ends(group: Group | None) -> list[float]:
+    return [] if group is None else group.final("frechet")
+
+
 def _short(one: Verdict, measure: str) -> str:
     if one.best is None:
         return one.sentence
-    gap = one.differences[one.best]
-    amount = f"{verdict.number(abs(gap.mean))} {'below' if gap.mean < 0 else 'above'} training from scratch"
+    return f"{one.best}, the {measure} against training from scratch: {_sure(one)}."
+
+
+def _sure(one: Verdict) -> str:
+    gap = one.differences[one.best or ""]
     ends = ""
     if gap.low is not None and gap.high is not None:
         ends = f" (95% interval of the difference {verdict.signed(gap.low)} to {verdict.signed(gap.high)})"
     sure = {
         "better": "told apart as better",
         "none": "not told apart as better",
-        "dense": "training from scratch is better",
+        "dense": "told apart as worse",
         "open": "seeds are too few to tell that from chance",
     }[one.outcome]
-    return f"the {measure} of the model {one.best} is {amount}{ends}: {sure}."
+    return f"{verdict.number(abs(gap.mean))} {'below' if gap.mean < 0 else 'above'}{ends}, {sure}"
 
 
 def keys(groups: list[Group]) -> dict[str, Key]:
@@ -109,9 +117,8 @@ def gaps(study: Study) -> dict[str, Interval]:
     """Each group's difference from training from scratch on the same images."""
     found: dict[str, Interval] = {}
     for pair in pairs(study):
-        scratch = pair.scratch()
-        if scratch is not None and scratch.final("frechet"):
-            found |= verdict.compare(scratch.final("frechet"), results.each_of(pair.others(), "frechet"))
+        if base := _ends(pair.scratch()):
+            found |= verdict.compare(base, results.each_of(pair.tuned(), "frechet"))
     return found
 
 
@@ -141,10 +148,11 @@ def sections(study: Study) -> list[page.Section]:
     return [
         page.Section(
             "After equal wall-clock time",
-            "Every run ends after the same training time; drawing and judging samples is not counted.",
+            "Pre-training and fine-tuning together take as long as training from scratch, with the same images of the "
+            "target; drawing and judging samples is not counted.",
             page.these(*ends, differences),
         ),
-        page.Section(f"Along the way: {study.title}", "Bands: 95% intervals over seeds.", page.these(*along)),
+        page.Section(f"Along the way: {study.title}", CURVES, page.these(*along)),
         page.Section("Along the way: held-out loss", "", page.these(*losses)),
         page.Section("Samples", "The first samples of each group's first seed.", grids=page.grids(study, study.groups)),
         page.Section("All groups", "", tables=[page.group_table(study, gaps(study), "from scratch")]),

@@ -67,12 +67,8 @@ def look(
         outer = Path(folder) / "outer.html"
         outer.write_text(f'<!doctype html><meta charset="utf-8"><body style="margin:0">{frames}{held}{PROBE}')
         command = [str(found()), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        command += [
-            "--hide-scrollbars",
-            f"--user-data-dir={folder}/profile",
-            "--enable-logging=stderr",
-            "--virtual-time-budget=40000",
-        ]
+        command += ["--hide-scrollbars", "--enable-logging=stderr", "--virtual-time-budget=40000"]
+        command += [f"--user-data-dir={folder}/profile"]
         command += [f"--window-size={max(500, *(width for _, width in pages))},{height * len(pages)}"]
         if picture is not None:
             subprocess.run([*command, f"--screenshot={picture}", outer.as_uri()], capture_output=True, timeout=120)

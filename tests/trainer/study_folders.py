@@ -11,6 +11,7 @@ from PIL import Image
 
 LENGTH = 257  # tokens of a whole image
 SECONDS = 240.0
+COUNTS = {"images": "batch", "tokens": "tokens", "flops": "flops"}  # what rows count: what a stage calls it
 COUNTED = {"count": 1000, "real_count": 3000}
 
 
@@ -65,19 +66,14 @@ def rows(cell: dict[str, Any], end: float, points: Sequence[float] = (0.5, 0.75,
     found = []
     for number in range(1, 13):
         share = number / 12
-        step, left, at, counts = (
-            round(share * total),
-            round(share * total),
-            0,
-            dict.fromkeys(("images", "tokens", "flops", "seconds"), 0.0),
-        )
+        step = left = round(share * total)
+        at, counts = 0, dict.fromkeys(("images", "tokens", "flops", "seconds"), 0.0) | cell.get("before", {})
         for index, stage in enumerate(cell["stages"]):
             taken = min(left, stage["steps"])
             if taken:
                 at = index
             left -= taken
-            each = {"images": "batch", "tokens": "tokens", "flops": "flops"}
-            for key, name in each.items():
+            for key, name in COUNTS.items():
                 counts[key] += taken * stage[name]
             counts["seconds"] += taken * stage["step_ms"] / 1e3
         far = math.exp(-4 * share)
@@ -108,12 +104,13 @@ def rows(cell: dict[str, Any], end: float, points: Sequence[float] = (0.5, 0.75,
 def write(
     folder: Path,
     cells: list[tuple[dict[str, Any], float | None]],  # with the Frechet distance at the end; None: not finished
+    first: Sequence[tuple[dict[str, Any], float]] = (),  # what others start from
     **more: Any,
 ) -> Path:
     """Writes a study's folder."""
     (folder / "cells").mkdir(parents=True)
     generator = np.random.default_rng(0)
-    stages = {stage["mask"]: stage for one, _ in cells for stage in one["stages"]}
+    stages = {stage["mask"]: stage for one, _ in [*first, *cells] for stage in one["stages"]}
     plan = {
         "format": 1,
         "kind": "sweep",
@@ -153,7 +150,7 @@ def write(
     times = {"machine": machine, "commit": "0123456789abcdef", "precision": "bfloat16", "rounds": 15, "steps": steps}
     times |= {"sampling_images_per_s": 20.0, "features_images_per_s": 200.0}
     (folder / "times.json").write_text(json.dumps(times))
-    for one, end in cells:
+    for one, end in [*first, *cells]:
         if end is not None:
             result = {"cell": one, "machine": machine, "commit": "0123456789abcdef", "rows": rows(one, end)}
             (folder / "cells" / f"{one['name']}.json").write_text(json.dumps(result))
@@ -199,22 +196,32 @@ def rich(folder: Path) -> Path:
 def transfer(folder: Path, seeds: int = 3) -> Path:
     """Two sets, pre-trained masked on the other one or from scratch, at three shares of the target's images."""
     generator = np.random.default_rng(3)
+    first: list[tuple[dict[str, Any], float]] = []
     known: list[tuple[dict[str, Any], float | None]] = []
     gain = {1.0: 0.0, 0.1: 12.0, 0.01: 40.0}
+
+    def end(value: float) -> float:
+        return value + float(generator.normal())
+
     for seed in range(seeds):
         for source, target in (("noto", "twemoji"), ("twemoji", "noto")):
-            more = {"source": None, "target": source, "share": 1.0, "baseline": False, "pretrain": None}
-            first = cell("patch", 0.75, seed, 0.0, **more, group=f"{source}, patch 75%, pre-training")
-            known.append((first, 300.0))
+            more: dict[str, Any] = {"source": None, "target": source, "share": 1.0, "weights": "raw", "pretrain": None}
+            before = cell("patch", 0.75, seed, 0.0, 0.5, **more, group=f"pre-training on {source}")
+            first.append((before, 300.0))
+            (done,) = before["stages"]
+            spent = {key: done["steps"] * done[name] for key, name in COUNTS.items()} | {"seconds": done["seconds"]}
             for share, better in gain.items():
-                about = {"target": target, "share": share, "weights": "ema", "baseline": False}
-                says = f"{target} {100 * share:g}%"
-                scratch = {"source": None, "pretrain": None, "group": f"{says}, from scratch"}
-                tuned = {"source": source, "pretrain": first["name"], "group": f"{says}, pre-trained on {source}"}
-                value = 190 + 30 * (1 - share)
-                known.append((cell("patch", 0.0, seed, **about, **scratch), value))
-                known.append((cell("patch", 0.0, seed, **about, **tuned), value - better))
-    known = [(one, value and value + float(generator.normal())) for one, value in known]
+                of, value = f"{100 * share:g}% of {target}", 190 + 30 * (1 - share)
+                more |= {"target": target, "share": share, "baseline": True, "group": f"from scratch, {of}"}
+                known.append((cell("", 0.0, seed, **more), end(value)))
+                more |= {"baseline": False, "group": f"from scratch in the fine-tuning's time, {of}"}
+                known.append((cell("", 0.0, seed, 0.5, 0.5, **more), end(value + 20)))
+                group = f"pre-trained on {source}, {of}"
+                about = {**more, "source": source, "pretrain": before["name"], "before": spent, "group": group}
+                known.append(({**cell("", 0.0, seed, 0.5, 0.5, **about), "length": 1.0}, end(value - better)))
     sets = {name: {"name": name, "hash": "89ab", "train": 3000, "heldout": 300} for name in ("noto", "twemoji")}
-    title = "What transfers: noto and twemoji"
-    return write(folder, known, kind="transfer", title=title, data=sets, real_frechet={"noto": 6.1, "twemoji": 5.2})
+    kept = {"kind": "transfer", "title": "What pre-training on other images buys: twemoji, noto", "data": sets}
+    kept |= {"real_frechets": {"twemoji": 5.2, "noto": 6.1}, "pretraining": [one for one, _ in first]}
+    write(folder, known, first, **kept)
+    _picture(generator, folder / "real-noto.png")
+    return folder

@@ -110,8 +110,11 @@ def test_transfer_says_where_it_pays(transfer):
         for share in ("100", "10", "1")
     }
     assert "in 4 of 6 cases" in found["sentences"][0] and len(found["sentences"]) == 8
+    assert all("the fine-tuning's time alone" in sentence for sentence in found["sentences"][1:7])
     lines = list(csv.DictReader(transfer[1][2].open()))
     assert {(line["source"], line["target"], line["share"]) for line in lines} >= {("noto", "twemoji", "0.01")}
+    (tuned,) = (one for one in found["groups"] if one["name"] == "pre-trained on noto, 1% of twemoji")
+    assert tuned["points"][0]["seconds"] > study_folders.SECONDS / 2 and tuned["time"][0]["mask"] == "pre-training"
 
 
 @NEEDS_BROWSER
