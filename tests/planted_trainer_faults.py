@@ -297,6 +297,39 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "maskdiff/study/verdict.py",
+        trainer("verdict"),
+        (
+            ("1 - LEVEL ** (1 / max(1, count))", "1 - LEVEL"),
+            ("sum(part**2 / (len(each) - 1)", "sum(part**2 / (len(each) - 0)"),
+            ("if gap.told_apart and gap.mean < 0}", "if gap.mean < 0}"),
+            ("gap.low is not None and gap.low > 0 for gap in others", "gap.mean > 0 for gap in others"),
+        ),
+    ),
+    (
+        "maskdiff/study/results.py",
+        trainer("report"),
+        (
+            ("min(gains) >= 0 and max(gains) > 0", "max(gains) > 0"),
+            ("(above - target) / (above - value)", "(above - target) / above"),
+            ('/ (row["flops"] / row["batch"])', '/ row["flops"]'),
+        ),
+    ),
+    (
+        "maskdiff/study/page.py",
+        trainer("report"),
+        (
+            ('.replace("<", "\\u003c")', ""),
+            ("main{overflow-wrap:anywhere;", "main{"),
+            ("<dd>{escape(value)}</dd>", "<dd>{value}</dd>"),
+        ),
+    ),
+    (
+        "maskdiff/study/transfer_report.py",
+        trainer("report"),
+        (("verdict.decide(_ends(pair.scratch())", "verdict.decide(_ends(pair.short())"),),
+    ),
+    (
         "maskdiff/packing/labels.py",
         (*trainer("sources"), "-k", "folders_above"),
         (("len(os.path.commonprefix(parts)) if parts else 0", "0"),),

@@ -276,7 +276,12 @@ def speed(study: Study) -> Figure | None:
     most = max(max(one["ideal"], one["high"]) for one in found)
     least = min(1.0, min(one["low"] for one in found))
     ticks = [tick for tick in (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24) if least <= tick <= 1.1 * most]
-    x = alt.X("percent:Q", title="patches masked, %", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(grid=False))
+    x = alt.X(
+        "percent:Q",
+        title="patches masked, %",
+        scale=alt.Scale(domain=[0, 100]),
+        axis=alt.Axis(grid=False, tickCount=10),
+    )
     y_scale = alt.Scale(type="log", domain=[0.93 * least, 1.1 * most], nice=False)
     y_axis = alt.Axis(values=ticks, labelExpr="datum.value + 'x'")
     title = "images/s, the dense step's = 1"
@@ -331,7 +336,12 @@ def final(study: Study) -> Figure | None:
     shown = [row["y"] for row in seeds] + base_values
     ends = [row[end] for row in means for end in ("low", "high")]
     y_scale = alt.Scale(domain=list(_around(shown, ends)), nice=False, clamp=True)
-    x = alt.X("percent:Q", title="patches masked in pre-training, %", scale=alt.Scale(domain=[0, 100]))
+    x = alt.X(
+        "percent:Q",
+        title="patches masked in pre-training, %",
+        scale=alt.Scale(domain=[0, 100]),
+        axis=alt.Axis(grid=False, tickCount=10),
+    )
     y = alt.Y("y:Q", title=study.title, scale=y_scale, axis=alt.Axis(tickCount=5))
     layers = []
     if base_values:

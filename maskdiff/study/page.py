@@ -369,6 +369,7 @@ th:first-child{text-align:left;position:sticky;left:0;background:#fff;padding-ri
 .grids figure{margin:0}
 .grids img{width:100%;height:auto;display:block}
 .grids figcaption{display:flex;justify-content:space-between;gap:8px;color:var(--ink)}
+.grids span{flex:none}
 dl{display:grid;grid-template-columns:minmax(9em,max-content) 1fr;gap:4px 20px;font-size:.92rem;margin:.6em 0}
 dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere}
