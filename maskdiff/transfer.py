@@ -177,6 +177,8 @@ def _sets(path: Path, specs: list[str], rest: list[str]) -> dict[str, Images]:
         config = asking.configured(path, "transfer", [*rest, "--data", spec, *size])
         if config.data.subset is not None:
             raise UserError("data.subset: --shares says of how many of the target's images; leave it out")
+        if config.init is not None:
+            raise UserError(f"init is {config.init}: cells start from what is pre-trained here; give --init none")
         packed = study.packed_of(config)
         name = spec if not Path(spec).exists() else Path(spec).resolve().name
         found[spec] = Images(name, packed, training.fit_to_data(config, packed))

@@ -125,6 +125,7 @@ def test_later_commands_add_cells(finished, sets, monkeypatch, capsys):
         (["--sets", "faces:120", "faces-b:120", "--finetune", "1"], "--finetune is below 1"),
         (["--sets", "faces:120", "faces-b:120", "--shares", "1,0"], "take shares above 0"),
         (["--sets", "faces:120", "faces-b:120", "--data.subset", "9"], "data.subset: --shares says"),
+        (["--sets", "faces:120", "faces-b:120", "--init", "run"], "init is run: cells start from .* --init none"),
         (["--sets", "faces:120", "faces-b:120", "--model.channels", "1"], "channels"),
         (["--sets", "faces:120", "faces-b:120", "--weigths", "ema"], "--weigths"),
         (["--sets", "faces:120", "absent.zip"], "absent.zip"),
