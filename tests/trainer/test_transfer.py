@@ -10,6 +10,7 @@ import torch
 from maskdiff import data, training, transfer
 from maskdiff.errors import UserError
 from maskdiff.study import cells, study
+from maskdiff.study.clock import Times
 
 TINY = ["--preset", "faces32", "--data.no-labels", "--guidance", "1", "--model.width", "32", "--model.heads", "1"]
 TINY += ["--model.blocks", "1"]
@@ -17,6 +18,9 @@ SHORT = ["--seconds", "0.3s", "--count", "12", "--points", "1", "--steps", "2", 
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    """Without the report, whose tests are elsewhere; docs/reproduce.md is run with it."""
+    monkeypatch.setattr(transfer, "_report", lambda path: None)
+    monkeypatch.setattr(training, "HELDOUT_SAMPLES", 16)
     monkeypatch.setattr(sys, "argv", ["transfer", *map(str, words)])
     transfer.main()
 
@@ -49,8 +53,13 @@ def finished(tmp_path_factory, asked, started) -> Path:
         started.append((init, weights, config.image_size))
         return initial(init, weights, config, say)
 
+    def clocked(config, packed, masks, tokens, sampler, extractor, rounds, others):
+        rows = [{"mask": mask, "batch": 1, "p20": 6.25, "p50": 6.25, "p80": 6.25} for mask in masks]
+        return Times({}, None, config.precision, rounds, rows, sampling_images_per_s=20.0, features_images_per_s=30.0)
+
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(training, "initial_weights", noted)
+        monkeypatch.setattr(transfer.clock, "measured", clocked)  # steps as many as on any machine
         command(monkeypatch, path, *asked)
     return path
 
@@ -69,8 +78,7 @@ def test_pre_trained_and_from_scratch_take_the_same_time(finished, sets):
     for cell in made["cells"]:
         rows, tuned = rows_of(finished, cell), cell["source"] is not None
         short = "fine-tuning's time" in cell["group"]
-        step = max(stage["step_ms"], cell["stages"][0]["step_ms"]) / 1e3
-        assert rows[-1]["seconds"] == pytest.approx(0.15 if short else 0.3, abs=13 * step)
+        assert rows[-1]["seconds"] == pytest.approx(0.15 if short else 0.3)
         assert cell["baseline"] == (not tuned and not short) and rows[-1]["scores"]["count"] == 12
         own = sum(part["steps"] * part["batch"] for part in cell["stages"])
         assert rows[-1]["images"] == own + (stage["steps"] * stage["batch"] if tuned else 0)
@@ -78,7 +86,7 @@ def test_pre_trained_and_from_scratch_take_the_same_time(finished, sets):
             assert cell["pretrain"] == first["name"] and cell["before"]["seconds"] == stage["seconds"]
             assert stage["seconds"] < rows[0]["seconds"] < rows[-1]["seconds"]
     assert not list(finished.glob("work/*/checkpoints")), "weights are not kept"
-    assert (finished / "report.html").exists() and (finished / "real.png").exists()
+    assert (finished / "real.png").exists() and (finished / "cells" / f"{cell['name']}.png").exists()
     assert list(made["real_frechets"].values()) == [made["real_frechet"]]
 
 
