@@ -309,6 +309,11 @@ def speed(study: Study) -> Figure | None:
     return Figure("speed", "What a masked step buys", note, ideal + line + ends + dots, keys=keys)
 
 
+def _percent(alt: Any, title: str) -> Any:
+    axis = alt.Axis(grid=False, tickCount=10)
+    return alt.X("percent:Q", title=title, scale=alt.Scale(domain=[0, 100]), axis=axis)
+
+
 def _kind_keys(kinds: Sequence[str]) -> tuple[Key, ...]:
     return tuple(
         Key(kind, DISTINCT[number % len(DISTINCT)], DASHES[number % len(DASHES)]) for number, kind in enumerate(kinds)
@@ -336,12 +341,7 @@ def final(study: Study) -> Figure | None:
     shown = [row["y"] for row in seeds] + base_values
     ends = [row[end] for row in means for end in ("low", "high")]
     y_scale = alt.Scale(domain=list(_around(shown, ends)), nice=False, clamp=True)
-    x = alt.X(
-        "percent:Q",
-        title="patches masked in pre-training, %",
-        scale=alt.Scale(domain=[0, 100]),
-        axis=alt.Axis(grid=False, tickCount=10),
-    )
+    x = _percent(alt, "patches masked in pre-training, %")
     y = alt.Y("y:Q", title=study.title, scale=y_scale, axis=alt.Axis(tickCount=5))
     layers = []
     if base_values:
@@ -574,7 +574,7 @@ def by_share(
 ) -> Figure | None:
     """Final quality against the share of a target's images, a line for each label. None where nothing is finished."""
     alt = _altair()
-    data = []
+    data: list[dict[str, Any]] = []
     for line, share, values in rows:
         if values:
             here = mean_interval(values)
