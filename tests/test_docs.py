@@ -48,6 +48,7 @@ NOT_RUN = {
     "python -m pytest benchmarks/": "measures for minutes; that there is such a file is tested",
 }
 PLACEHOLDERS = {"SOURCE": "photos", "OUT": "packed/of-page", "RUN": "runs/first", "[options]": ""}
+PLACEHOLDERS |= {"inception-2015-12-05.pt": "stand-in.pt"}
 
 
 @dataclass(frozen=True)
