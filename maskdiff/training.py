@@ -56,15 +56,17 @@ class StagePlan:
     steps: int
     effective_rate: float
     step_ms: float  # medians of the probe
-    dense_ms: float
-    speedup: float
+    dense_ms: float | None  # None where the probe timed none
+    speedup: float | None
     ideal: float
     micro: int  # images at a time
     asked: int | str | None  # the stage's micro_batch when that was fixed: another one on resume fixes it anew
 
     def retained(self, step_ms: float) -> float | None:
         """The share of the ideal speed-up over our own dense step that steps of such a length keep; None if dense."""
-        return None if self.mask.kind == "dense" else self.dense_ms / step_ms / self.ideal
+        if self.mask.kind == "dense" or self.dense_ms is None:
+            return None
+        return self.dense_ms / step_ms / self.ideal
 
     def speed(self) -> str:
         """The probe's, in words: it timed masked and dense steps in turn, which no later step is compared with."""
@@ -158,7 +160,7 @@ class _Training:
         self.plans: dict[int, StagePlan] = {}
         self.at_a_time = 64  # images that are looked at with the averaged weights
         self.packed_hash = packed.hash
-        self.names = {"label_names": packed.label_names, "class_names": packed.class_names}
+        self.names: dict[str, Any] = {"label_names": packed.label_names, "class_names": packed.class_names}
         if resume:
             self._resume()
         else:
@@ -273,7 +275,7 @@ class _Training:
         times: dict[str, list[float]] = {"step": [], "dense": []}
         probe = self._steps(lambda _: None)  # of its own: what dense steps of this batch take is given back
         micro = {mask: self._micro(probe, index)}
-        if mask.kind != "dense":
+        if compared := mask.kind != "dense" and self.config.probe_steps > 0:
             micro[dense] = self._dense_micro(probe, dense, index, micro[mask])
         for probed in micro:  # not inside `kept`: a capture keeps the state by itself
             probe.prepare(probed, batch, micro[probed])
@@ -281,7 +283,7 @@ class _Training:
         with self.state.kept():
             for turn in range(1 + max(1, self.config.probe_steps)):
                 for name, probed in (("step", mask), ("dense", dense)):
-                    if name == "dense" and mask.kind == "dense":
+                    if name == "dense" and not compared:
                         continue
                     self.state.sample = first + turn * batch  # each goes on with what it has staged
                     start = measure.now(self.device)
@@ -289,7 +291,8 @@ class _Training:
                     if turn:  # the first pair warms caches and allocator
                         times[name].append(1e3 * (measure.now(self.device) - start))
         step_ms = statistics.median(times["step"])
-        dense_ms = statistics.median(times["dense"] or times["step"])
+        alone = step_ms if mask.kind == "dense" else None
+        dense_ms = statistics.median(times["dense"]) if compared else alone
         return StagePlan(
             mask=mask,
             batch=batch,
@@ -297,7 +300,7 @@ class _Training:
             effective_rate=masking.effective_rate(mask, total),
             step_ms=step_ms,
             dense_ms=dense_ms,
-            speedup=dense_ms / step_ms,
+            speedup=None if dense_ms is None else dense_ms / step_ms,
             ideal=flops.ideal(self.config.model, mask.counts),
             micro=micro[mask],
             asked=stage.micro_batch,
@@ -380,7 +383,7 @@ class _Training:
         with ExitStack() as stack:
             logs = Logs(self.config, self.path, self.state.step)
             stack.callback(logs.close)
-            stack.callback(lambda: self.progress and self.progress.close())  # before an error is told
+            stack.callback(lambda: self.progress.close() if self.progress else None)  # before an error is told
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
             while self.stage < len(self.config.stages) and not self._done():

@@ -89,6 +89,13 @@ def test_a_masked_stage_says_its_speed(tmp_path, capsys):
     assert "images/s" in captured.err and "retained" not in captured.err  # one probe says nothing of later steps
 
 
+def test_without_a_probe_no_speed_is_told(tmp_path, capsys):
+    training.run(tiny(tmp_path / "run", "--stages", "patch:0.75 x2 b16", "--probe-steps", "0"))
+    plan = json.loads((tmp_path / "run/plans.json").read_text())["0"]
+    assert plan["step_ms"] > 0 and (plan["dense_ms"], plan["speedup"], plan["retained"]) == (None, None, None)
+    assert "faster" not in capsys.readouterr().out and all("retained" not in row for row in rows(tmp_path / "run"))
+
+
 def test_the_saved_configuration_starts_the_same_run(unbroken, tmp_path):
     config = parse(["--config", str(unbroken / "config.json"), "--out", str(tmp_path / "again")]).config
     training.run(config)
