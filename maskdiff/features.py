@@ -47,7 +47,8 @@ class Extractor:
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] not in (1, 3):
             raise UserError(f"features are of uint8 images [B, H, W, 1 or 3], not {images.dtype} {list(images.shape)}")
         planes = images.to(self._device).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
-        with torch.backends.cudnn.flags(allow_tf32=False):  # its 10 bits of mantissa would show in the distances
+        # On a GPU convolutions would round to tf32, whose 10 bits would show in the distances.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             found = self._net(planes).float()
         if not found.isfinite().all():
             raise UserError(f"{self.name} gives features that are no finite numbers for these images")
