@@ -14,7 +14,7 @@ from . import data, features, folder, measure, metrics, nearest, precision, samp
 from .checkpoint import META
 from .data import ALL_KINDS, PackedSet
 from .durable import write_json
-from .errors import UserError, run_command
+from .errors import Parser, UserError, run_command
 from .model import cast_products
 from .packing.manifest import is_packed
 from .pretrained import LoadedRun, load_run
@@ -131,7 +131,7 @@ def table(result: dict[str, Any], judged: str, real: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "maskdiff evaluate",
         description="Judges a run's samples, or any images, against real images: Frechet distance (FID with the public "
         "Inception file), KID, precision, recall, density, coverage.",

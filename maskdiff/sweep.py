@@ -10,7 +10,7 @@ import torch
 
 from . import features, training
 from .config import Config
-from .errors import UserError, run_command
+from .errors import Parser, UserError, run_command
 from .study import asked as asking
 from .study import clock, plan, study
 from .study.clock import Times
@@ -66,7 +66,7 @@ DEFAULTS: dict[str, Any] = asking.DEFAULTS | {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "maskdiff sweep",
         description="Trains at several mask rates, each in the same time, masked first and whole after; judges samples "
         "along the way and reports what masking buys here. The dense run from scratch is the row to beat.",

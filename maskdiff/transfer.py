@@ -16,7 +16,7 @@ from . import checkpoint, features, training
 from .config import Config, config_from_dict, config_to_dict
 from .data import PackedSet
 from .durations import words
-from .errors import UserError, run_command
+from .errors import Parser, UserError, run_command
 from .packing.manifest import Manifest, is_packed
 from .study import asked as asking
 from .study import cells, clock, plan, study
@@ -84,7 +84,7 @@ def _report(path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "maskdiff transfer",
         description="Pre-trains masked on one set of images and fine-tunes on another, on all of its images or a share "
         "of them, and trains from scratch for as long; judges samples along the way and reports what the other images "

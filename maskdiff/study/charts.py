@@ -1,190 +1,11 @@
-"""The charts of a study's report, made with Altair: the same for the page and for the picture."""
+"""The charts of a study's report, made with Altair."""
 
-import io
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any
 
-from ..errors import UserError
+from .drawing import AXIS_TITLES, DASHES, DISTINCT, INK, Figure, Key, altair, coloured, keys_of, unit_of
 from .results import AXES, Group, Study, front, speed_ups
 from .verdict import Interval, mean_interval
-
-INK, RULE, ACCENT = "#1b1b1f", "#d9d9de", "#41208f"
-RAMP = ((240, 168, 60), (224, 97, 79), (168, 50, 125), (65, 32, 143))  # low rates to high ones: ever darker
-DISTINCT = ("#41208f", "#d55e00", "#009e73", "#0072b2", "#cc79a7", "#8a6d00")  # told apart by the colour-blind too
-DASHES = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3))
-SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
-AXIS_TITLES = {"steps": "steps", "images": "images seen", "flops": "training FLOPs"}
-CONFIG: dict[str, Any] = {
-    "font": "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif",
-    "background": "white",
-    "view": {"stroke": None},
-    "axis": {
-        "gridColor": "#ececf0",
-        "domainColor": "#8b8b93",
-        "tickColor": "#8b8b93",
-        "labelColor": "#3c3c43",
-        "titleColor": "#3c3c43",
-        "labelFontSize": 12,
-        "titleFontSize": 12,
-        "titleFontWeight": "normal",
-        "labelLimit": 190,
-        "labelOverlap": True,
-    },
-    "legend": {
-        "orient": "bottom",
-        "columns": 4,
-        "title": None,
-        "labelFontSize": 11,
-        "symbolStrokeWidth": 2.5,
-        "symbolType": "stroke",
-        "symbolOpacity": 1,
-    },
-    "title": {"anchor": "start", "fontSize": 14, "color": INK, "offset": 10},
-}
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a legend says of one line."""
-
-    name: str
-    colour: str
-    dash: tuple[int, ...] = (1, 0)
-    shape: str = "circle"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart, what stands above and below it, and its legend."""
-
-    name: str
-    title: str
-    note: str
-    chart: Any  # an altair chart without size
-    height: int = 300
-    keys: tuple[Key, ...] = ()
-    dots: bool = False  # drawn as dots, not as lines
-
-    @cached_property
-    def _drawn(self) -> dict[str, Any]:
-        return dict(self.chart.to_dict())
-
-    def spec(self) -> dict[str, Any]:
-        """The Vega-Lite specification for the page: as wide as its place, legend left to the page."""
-        size = {"width": "container", "height": self.height}
-        return {**self._drawn, **size, "config": {**CONFIG, "legend": {"disable": True}}}
-
-    def part(self) -> dict[str, Any]:
-        """The same as a part of a picture: of a size of its own, titled, without a legend of one line."""
-        kept = {key: value for key, value in self._drawn.items() if key not in ("$schema", "config", "datasets")}
-        if len(self.keys) == 1:
-            kept["layer"] = [
-                {**layer, "encoding": {key: _mute(value) for key, value in layer["encoding"].items()}}
-                for layer in kept["layer"]
-            ]
-        return {**kept, "width": 430, "height": self.height, "title": self.title}
-
-    def data(self) -> dict[str, Any]:
-        """What it draws, by the names that its specification has for it."""
-        return dict(self._drawn.get("datasets", {}))
-
-
-def _mute(channel: Any) -> Any:
-    """An encoding channel without its legend."""
-    coloured = isinstance(channel, dict) and "range" in (channel.get("scale") or {})
-    return {**channel, "legend": None} if coloured else channel
-
-
-def _altair() -> Any:
-    try:
-        import altair
-        import vl_convert  # noqa: F401
-        from scipy import special  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"the report needs {error.name}: pip install 'maskdiff[report]', then the same command with --report"
-        ) from None
-    return altair
-
-
-def check() -> None:
-    """Raises UserError where what draws the charts is not installed."""
-    _altair()
-
-
-@lru_cache(maxsize=1)
-def javascript() -> str:
-    """All JavaScript that the charts of a page need, in one piece: window.vegaEmbed."""
-    import vl_convert
-
-    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
-
-
-def picture(figures: Sequence[Figure], title: Sequence[str], across: int = 2) -> bytes:
-    """The charts side by side with a title of so many lines, as PNG."""
-    import vl_convert
-    from PIL import Image
-
-    heading = {"text": title[0], "subtitle": list(title[1:]), "fontSize": 19, "subtitleFontSize": 14}
-    whole = {
-        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
-        "title": {**heading, "subtitleColor": INK},
-        "concat": [one.part() for one in figures],
-        "datasets": {key: value for one in figures for key, value in one.data().items()},
-        "columns": across,
-        "spacing": 40,
-        "padding": 24,
-        "resolve": {"scale": dict.fromkeys(("color", "strokeDash", "shape"), "independent")},
-        "config": CONFIG,
-    }
-    drawn = vl_convert.vegalite_to_png(json.dumps(whole), scale=1.5)
-    small = io.BytesIO()
-    Image.open(io.BytesIO(drawn)).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
-    return small.getvalue()
-
-
-def keys_of(groups: Sequence[Group]) -> list[Key]:
-    """Colours by rate, dashes and shapes by kind and by whatever else differs; dense is black."""
-    kinds = list(dict.fromkeys(one.about["kind"] for one in groups if not one.baseline))
-    rates = sorted({one.rate for one in groups if not one.baseline})
-    found: list[Key] = []
-    alike: dict[tuple[str, float], int] = {}  # groups of a kind and rate that differ in something else
-    for one in groups:
-        if one.baseline:
-            found.append(Key(one.name, INK))
-            continue
-        place = rates.index(one.rate) / max(1, len(rates) - 1)
-        same = one.about["kind"], one.rate
-        alike[same] = alike.get(same, -1) + 1
-        number = kinds.index(one.about["kind"]) if alike[same] == 0 else len(kinds) - 1 + alike[same]
-        found.append(Key(one.name, ramp(place), DASHES[number % len(DASHES)], SHAPES[number % len(SHAPES)]))
-    return found
-
-
-def ramp(place: float) -> str:
-    """A colour between the first (0) and the last (1) of RAMP."""
-    at = min(max(place, 0.0), 1.0) * (len(RAMP) - 1)
-    number = min(int(at), len(RAMP) - 2)
-    mixed = (a + (at - number) * (b - a) for a, b in zip(RAMP[number], RAMP[number + 1], strict=True))
-    return "#" + "".join(f"{round(part):02x}" for part in mixed)
-
-
-def _scales(alt: Any, keys: Sequence[Key], field: str = "group") -> dict[str, Any]:
-    """Colour and dash of lines, one legend for both."""
-    names = [key.name for key in keys]
-    colour = alt.Color(f"{field}:N", sort=None, scale=alt.Scale(domain=names, range=[key.colour for key in keys]))
-    dash = alt.StrokeDash(
-        f"{field}:N", sort=None, scale=alt.Scale(domain=names, range=[list(key.dash) for key in keys])
-    )
-    return {"color": colour, "strokeDash": dash}
-
-
-def unit_of(seconds: float) -> tuple[str, float]:
-    """In what a time axis up to so many seconds is best read, and how many seconds that is."""
-    return ("s", 1.0) if seconds < 180 else ("min", 60.0) if seconds < 3 * 3600 else ("h", 3600.0)
 
 
 def curves(
@@ -200,7 +21,7 @@ def curves(
 ) -> Figure | None:
     """A value along the way of each group, its interval over seeds as a band. None where nothing was measured."""
     assert axis in AXES
-    alt = _altair()
+    alt = altair()
     points = [(group, point) for group in groups for point in group.points() if value in point.values]
     if not points:
         return None
@@ -231,7 +52,7 @@ def curves(
     )
     y_scale = alt.Scale(type="log" if log else "linear", domain=[least, most], nice=False, clamp=True)
     y = alt.Y("y:Q", title=says, scale=y_scale, axis=alt.Axis(tickCount=5))
-    scales = _scales(alt, keys)
+    scales = coloured(alt, keys)
     base = alt.Chart(alt.Data(values=data))
     tips = [
         alt.Tooltip("group:N"),
@@ -259,7 +80,7 @@ def _around(values: Sequence[float], ends: Sequence[float | None] = ()) -> tuple
 
 def speed(study: Study) -> Figure | None:
     """What a masked step buys: images a second over the dense step's, with the ideal."""
-    alt = _altair()
+    alt = altair()
     found = [one for one in speed_ups(study)]
     masked = [one for one in found if one["kind"] != "dense"]
     if not masked:
@@ -272,7 +93,7 @@ def speed(study: Study) -> Figure | None:
         if one["kind"] in (kind, "dense")
     ]
     keys = _kind_keys(kinds)
-    scales = _scales(alt, keys, "line")
+    scales = coloured(alt, keys, "line")
     most = max(max(one["ideal"], one["high"]) for one in found)
     least = min(1.0, min(one["low"] for one in found))
     ticks = [tick for tick in (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24) if least <= tick <= 1.1 * most]
@@ -322,7 +143,7 @@ def _kind_keys(kinds: Sequence[str]) -> tuple[Key, ...]:
 
 def final(study: Study) -> Figure | None:
     """Quality at the end of equal time against the rate: every seed a dot, means with intervals, dense as a band."""
-    alt = _altair()
+    alt = altair()
     groups = [one for one in study.plain() if one.final("frechet")]
     if not groups:
         return None
@@ -335,7 +156,7 @@ def final(study: Study) -> Figure | None:
         means.append({**about, "y": here.mean, "low": here.low, "high": here.high, "seeds": len(values)})
         seeds += [{**about, "y": value} for value in values]
     keys = _kind_keys(kinds)
-    scales = _scales(alt, keys, "line")
+    scales = coloured(alt, keys, "line")
     dense = study.dense()
     base_values = dense.final("frechet") if dense is not None else []
     shown = [row["y"] for row in seeds] + base_values
@@ -382,7 +203,7 @@ def differences(title: str, gaps: dict[str, Interval]) -> Figure | None:
     """Each group's difference from dense, with the interval by which it is judged."""
     if not gaps:
         return None
-    alt = _altair()
+    alt = altair()
     order = list(gaps)
     colour = {True: "#0072b2", False: "#d55e00"}
     data = [
@@ -434,13 +255,13 @@ def _height(names: Sequence[str]) -> int:
 
 def trade_off(study: Study) -> Figure | None:
     """Quality at the end against the speed of the whole run; the front drawn through what nothing else beats."""
-    alt = _altair()
+    alt = altair()
     found = front(study)
     if len(found) < 2:
         return None
     by_name = {key.name: key for key in keys_of([one for one in study.usual()])}
     keys = tuple(by_name[one["group"]] for one in found)
-    scales = _scales(alt, keys)
+    scales = coloured(alt, keys)
     x = alt.X(
         "speed_up:Q",
         title="images/s over the whole run, dense = 1",
@@ -469,7 +290,7 @@ def trade_off(study: Study) -> Figure | None:
 
 def heat(study: Study) -> Figure | None:
     """Mean Frechet distance by kind and rate, where the two were crossed."""
-    alt = _altair()
+    alt = altair()
     groups = [one for one in study.plain() if one.final("frechet")]
     kinds = list(dict.fromkeys(one.about["kind"] for one in groups))
     rates = {one.rate for one in groups}
@@ -497,7 +318,7 @@ def heat(study: Study) -> Figure | None:
 
 def longer(study: Study) -> Figure | None:
     """Final quality against the length of the runs, of the groups that were trained for longer too."""
-    alt = _altair()
+    alt = altair()
     rows = [
         {"line": name_at_length(one), "x": one.about["length"], "y": value, "seed": seed}
         for one in study.groups
@@ -519,7 +340,7 @@ def longer(study: Study) -> Figure | None:
     )
     scale = alt.Scale(domain=list(_around([row["y"] for row in data])), nice=False)
     axis = alt.Axis(tickCount=5)
-    scales = _scales(alt, keys, "line")
+    scales = coloured(alt, keys, "line")
     base = alt.Chart(alt.Data(values=data))
     mean = base.mark_line(strokeWidth=2.2).encode(
         x=x, y=alt.Y("mean(y):Q", scale=scale, axis=axis, title=study.title), **scales
@@ -540,7 +361,7 @@ def reached(rows: Sequence[dict[str, Any]], total: float) -> Figure | None:
     """How long each group took to the dense run's final value: bars; words where it never came there."""
     if not rows:
         return None
-    alt = _altair()
+    alt = altair()
     unit, size = unit_of(total)
     order = [row["group"] for row in rows]
     data = [
@@ -573,7 +394,7 @@ def by_share(
     look: dict[str, Key],
 ) -> Figure | None:
     """Final quality against the share of a target's images, a line for each label. None where nothing is finished."""
-    alt = _altair()
+    alt = altair()
     data: list[dict[str, Any]] = []
     for line, share, values in rows:
         if values:
@@ -586,7 +407,7 @@ def by_share(
         return None
     shares = sorted({row["x"] for row in data})
     keys = tuple(look[line] for line in dict.fromkeys(row["line"] for row in data))
-    scales = _scales(alt, keys, "line")
+    scales = coloured(alt, keys, "line")
     x = alt.X(
         "x:Q",
         title="share of the target's images, %",

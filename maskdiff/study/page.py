@@ -13,8 +13,8 @@ from typing import Any
 
 from ..durations import words
 from ..report import named
-from . import charts
-from .charts import Figure, Key
+from . import drawing
+from .drawing import Figure, Key
 from .results import Group, Reached, Study, account, run_speed
 from .verdict import Interval, mean_interval, number, signed
 
@@ -92,7 +92,7 @@ def html(study: Study, sentences: Sequence[str], sections: Sequence[Section]) ->
         "<noscript><p>The charts need JavaScript; report.png beside this page shows them without.</p></noscript>\n"
         f"{body}<section><h2>What was fixed</h2><dl>{about}</dl></section>\n</main>\n"
         f'<script type="application/json" id="specs">{_inside(specs)}</script>\n'
-        f"<script>{charts.javascript()}</script>\n<script>{DRAW}</script>\n</body>\n</html>\n"
+        f"<script>{drawing.javascript()}</script>\n<script>{DRAW}</script>\n</body>\n</html>\n"
     )
 
 
@@ -287,7 +287,7 @@ def reached_says(found: Reached, total: float, long: bool = False) -> str:
         return "not reached"
     if found.seconds is None:
         return f"by {found.reached} of {found.seeds} seeds"
-    unit, size = charts.unit_of(total)
+    unit, size = drawing.unit_of(total)
     says = f"{'at most ' if found.bound else ''}{number(found.seconds / size)} {unit}"
     return f"{says} ({total / found.seconds:.2f}x)" if long else says
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..durable import write_json
 from ..durations import words
-from . import charts, page, results, transfer_report, verdict
-from .charts import Figure
+from . import charts, drawing, page, results, transfer_report, verdict
+from .drawing import Figure
 from .results import SCORES, Group, Study
 from .verdict import Verdict
 
@@ -28,7 +28,7 @@ def write(folder: Path) -> list[Path]:
 
     Raises UserError for what is no study, and where the charting library is not installed.
     """
-    charts.check()
+    drawing.check()
     study = results.read(folder)
     told = said(study) if study.plan["kind"] == "sweep" else Said(*transfer_report.said(study))
     missing = study.missing
@@ -40,7 +40,7 @@ def write(folder: Path) -> list[Path]:
     paths[0].write_text(page.html(study, told.sentences, sections), encoding="utf-8")
     figures = [figure for section in sections for figure in section.figures if figure.name not in page.PAGE_ONLY]
     heading = [study.plan["title"], *(line for text in told.sentences[:2] for line in page.wrapped(text, 125))]
-    paths[1].write_bytes(charts.picture(figures, heading))
+    paths[1].write_bytes(drawing.picture(figures, heading))
     with paths[2].open("w", newline="", encoding="utf-8") as file:
         lines = list(table(study))
         writer = csv.DictWriter(file, list(lines[0]) if lines else ["group"], lineterminator="\n")
@@ -97,7 +97,7 @@ def _sections(study: Study) -> list[page.Section]:
     dense = study.dense()
     main = [dense] if dense is not None else []
     kinds = list(dict.fromkeys(one.about["kind"] for one in plain))
-    keys = charts.keys_of([*main, *plain])
+    keys = drawing.keys_of([*main, *plain])
     by_kind = {kind: [*main, *(one for one in plain if one.about["kind"] == kind)] for kind in kinds} or {"": main}
     several = len(by_kind) > 1
     along: list[Figure | None] = []
@@ -188,7 +188,7 @@ def _reached(study: Study) -> tuple[Figure | None, list[page.Table]]:
     if dense is None or not rows:
         return None, []
     total = dense.points()[-1].seconds
-    colours = {key.name: key.colour for key in charts.keys_of(study.usual())}
+    colours = {key.name: key.colour for key in drawing.keys_of(study.usual())}
     shown = [
         {
             "group": row["group"],

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from . import charts, page, results, verdict
-from .charts import DASHES, DISTINCT, INK, Figure, Key
+from .drawing import DASHES, DISTINCT, INK, Figure, Key
 from .results import Group, Study
 from .verdict import Interval, Verdict
 

@@ -9,7 +9,7 @@ import study_folders
 from PIL import Image
 
 from maskdiff.errors import UserError
-from maskdiff.study import charts, report, results
+from maskdiff.study import drawing, report, results
 
 NEEDS_BROWSER = pytest.mark.skipif(browser.found() is None, reason="no Chromium here")
 
@@ -131,7 +131,7 @@ def test_in_a_browser(rich, transfer):
 
 def test_the_page_fetches_nothing(rich):
     page = rich[1][0].read_text()
-    own = page.replace(charts.javascript(), "")
+    own = page.replace(drawing.javascript(), "")
     for inside in ('src="data:image/webp', '<link rel="icon" href="data:'):
         own = own.replace(inside, "")
     assert "src=" not in own and "<link" not in own and "url(" not in own
