@@ -14,6 +14,7 @@ from .sampling import to_image
 
 MOST = 1000  # samples, and held-out images, that are looked at
 _ROWS, _SHOWN = 6, 3  # rows of the nearest samples and as many of others; neighbours of each
+_CHUNK = 2048  # training images whose pixels are compared at a time
 _SIDE, _GAP, _LINE = 64, 4, 12  # pixels of a picture, at least; between pictures; of a line of text
 
 
@@ -63,8 +64,8 @@ def _nearest_pixels(
     points = images.flatten(1)
     best = torch.full((len(images), count), torch.inf, dtype=torch.float64)
     which = torch.zeros(len(images), count, dtype=torch.int64)
-    for start in range(0, len(ids), 2048):
-        others = packed.images(ids[start : start + 2048]).expand(-1, -1, -1, images.shape[3]).flatten(1)
+    for start in range(0, len(ids), _CHUNK):
+        others = packed.images(ids[start : start + _CHUNK]).expand(-1, -1, -1, images.shape[3]).flatten(1)
         found, places = nearest(points, others, min(count, len(others)))
         best, order = torch.cat([best, found], 1).topk(count, largest=False)
         which = torch.cat([which, places + start], 1).gather(1, order)

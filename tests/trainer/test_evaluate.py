@@ -11,7 +11,7 @@ from test_sampling import LABELLED as SMALL_LABELLED
 from test_sampling import SHAPE as SMALL
 from test_sampling import shaken
 
-from maskdiff import checkpoint, data, evaluate, features, metrics, sampling
+from maskdiff import checkpoint, data, evaluate, features, metrics, nearest, sampling
 from maskdiff.config import Config, DataConfig, OptimConfig, config_to_dict
 from maskdiff.diffusion import Diffusion
 from maskdiff.errors import UserError
@@ -54,7 +54,10 @@ def test_a_run_beside_its_own_data(runs, tmp_path, monkeypatch, capsys):
     extractor = features.load(device="cpu")
     images = sampling.sample(shaken(SHAPE), Diffusion(Config().diffusion), 12, steps=4, seed=3)
     expected = metrics.Reference.of(extractor, packed).compare(extractor(images))
-    assert found["scores"]["frechet"] == pytest.approx(expected.frechet, rel=0.02)  # samples are equal to rounding
+    other = metrics.Reference.of(extractor, packed).compare(
+        extractor(sampling.sample(shaken(SHAPE), Diffusion(Config().diffusion), 12, steps=4, seed=0))
+    )
+    assert abs(other.frechet / expected.frechet - 1) > 1e-3 > abs(found["scores"]["frechet"] / expected.frechet - 1)
     assert found["scores"]["count"] == 12 and found["scores"]["real_count"] == len(packed.train_ids)
     assert found["real"]["hash"] == packed.hash and found["extractor"]["digest"] == extractor.digest
     drawn = found["images"]
@@ -93,9 +96,10 @@ def test_sides_of_every_kind(runs, tmp_path, monkeypatch, capsys):
 def test_memorised_samples_are_nearer_than_heldout_images(tmp_path, monkeypatch, capsys):
     packed = data.prepare("faces:150", 16, 4, heldout=0.2)
     (tmp_path / "drawn").mkdir()
-    for number, image in enumerate(packed.images(packed.train_ids[:20])):
+    for number, image in enumerate(packed.images(packed.train_ids[-20:])):
         sampling.to_image(image).save(tmp_path / "drawn" / f"{number}.png")
     out, picture = tmp_path / "figures.json", tmp_path / "nearest.png"
+    monkeypatch.setattr(nearest, "_CHUNK", 50)
     command(monkeypatch, tmp_path / "drawn", "--data", packed.path, "--json", out, "--nearest", picture)
     near = json.loads(out.read_text())["nearest"]
     assert near["count"] == 20 and near["heldout"] == len(packed.heldout_ids)
@@ -107,9 +111,10 @@ def test_memorised_samples_are_nearer_than_heldout_images(tmp_path, monkeypatch,
     told = capsys.readouterr().out
     assert "nearest, pixels" in told and "of held-out images" in told
     sheet = Image.open(picture)
-    side, left, row = 64, (4, 4 + 68 + 12), 12 + 8 + 16  # the first sample, and beside it the training image itself
+    # The first sample; beside it the training image itself, found by features and by pixels.
+    side, left, row = 64, (4, 4 + 68 + 12, 4 + 4 * 68 + 24), 12 + 8 + 16
     shown = [sheet.crop((x, row, x + side, row + side)).tobytes() for x in left]
-    assert shown[0] == shown[1] and len(set(shown[0])) > 10
+    assert shown[0] == shown[1] == shown[2] and len(set(shown[0])) > 10
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,11 @@ def public(tmp_path, monkeypatch):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802
             asked.append(self.path)
-            whole = self.path == "/whole"
+            sent = content if self.path == "/whole" else content[: len(content) // 2]
             self.send_response(404 if self.path == "/none" else 200)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(len(content if self.path == "/cut" else sent)))
             self.end_headers()
-            self.wfile.write(content if whole else content[: len(content) // 2])
+            self.wfile.write(sent)
 
         def log_message(self, *_):
             pass
@@ -128,7 +128,7 @@ def test_the_public_file_is_fetched_once(public, tmp_path):
     assert features.load(tmp_path / "original.pt", "cpu").title == "FID"  # by its hash, whatever its name
 
 
-@pytest.mark.parametrize("page", ["half", "none"])
+@pytest.mark.parametrize("page", ["other", "cut", "none"])
 def test_a_broken_download_leaves_nothing(public, tmp_path, monkeypatch, page):
     monkeypatch.setattr(features, "INCEPTION_URL", features.INCEPTION_URL.replace("whole", page))
     with pytest.raises(UserError, match=f"/{page} could not be fetched.*give the file with --features"):

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -185,7 +186,9 @@ def test_references_are_kept(tmp_path, monkeypatch, capsys):
     assert seen(ids=packed.heldout_ids) == len(packed.heldout_ids) and seen(Counting("1" * 16)) == train
     files = sorted((tmp_path / "features").iterdir())
     assert len(files) == 3 and not any(file.name.startswith(".") for file in files)
-    for damage in (b"", files[0].read_bytes()[:-8], b"\0" * 100):
+    tensors = safetensors.torch.load(files[0].read_bytes())
+    tensors["mean"][0] = math.nan
+    for damage in (b"", files[0].read_bytes()[:-8], b"\0" * 100, safetensors.torch.save(tensors)):
         for file in files:
             file.write_bytes(damage)
         capsys.readouterr()
