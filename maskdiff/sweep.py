@@ -154,7 +154,7 @@ def _longer(path: Path, saved: dict[str, Any], courses: list[plan.Course], times
     """The dense run and the best mask's, so many times as long."""
     if times <= 1:
         raise UserError(f"--longer got {times:g}; it takes more than 1: so many times as long")
-    best = study.best_mask(path, saved)
+    best = study.best_group(path, saved)
     return [dataclasses.replace(one, length=times) for one in courses if one.group in ("dense", best)]
 
 

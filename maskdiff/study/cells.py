@@ -102,7 +102,7 @@ def run(
         keep_checkpoints=len(stops) + 1,
         sample_every=0,
         sample_count=0,
-        probe_steps=1,
+        probe_steps=0,
     )
     for stop in stops:
         if not checkpoint.directory(out, stop).exists():

@@ -148,8 +148,8 @@ def final_scores(path: Path, plan: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 
-def best_mask(path: Path, plan: dict[str, Any]) -> str:
-    """The first mask of the best group of the usual length, by its mean. Raises UserError before all are finished."""
+def best_group(path: Path, plan: dict[str, Any]) -> str:
+    """The masked group of the usual length whose mean is best. Raises UserError before all are finished."""
     usual = [cell for cell in plan["cells"] if cell["length"] == 1 and not cell["overrides"] and not cell["baseline"]]
     missing = [cell["name"] for cell in usual if not cells.finished(path, cell)]
     if missing or not usual:

@@ -192,8 +192,8 @@ def test_the_best_mask_is_known_when_all_are_judged(tmp_path):
     made = {"cells": cells_of([plan.course("dense", 1), plan.course("patch:0.5", 0.5), plan.course("patch:0.9", 0.5)])}
     for cell, frechet in zip(made["cells"], (3.0, 9.0, 5.0), strict=True):
         with pytest.raises(UserError, match="not known before"):
-            study.best_mask(tmp_path, made)
+            study.best_group(tmp_path, made)
         place = cells.result_path(tmp_path, cell)
         place.parent.mkdir(exist_ok=True)
         place.write_text(json.dumps({"rows": [{"scores": {"frechet": frechet}}]}))
-    assert study.best_mask(tmp_path, made) == "patch 90%"
+    assert study.best_group(tmp_path, made) == "patch 90%"
