@@ -301,9 +301,10 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         trainer("verdict"),
         (
             ("1 - LEVEL ** (1 / max(1, count))", "1 - LEVEL"),
-            ("sum(part**2 / (len(each) - 1)", "sum(part**2 / (len(each) - 0)"),
+            ("squares / freedom", "squares / (freedom + 1)"),
             ("if gap.told_apart and gap.mean < 0}", "if gap.mean < 0}"),
-            ("gap.low is not None and gap.low > 0 for gap in others", "gap.mean > 0 for gap in others"),
+            ("gap.low is not None and gap.low > 0 for gap in gaps", "gap.mean > 0 for gap in gaps"),
+            ("- block + whole) ** 2", ") ** 2"),
         ),
     ),
     (

@@ -60,7 +60,7 @@ def said(study: Study) -> Said:
     dense = study.dense()
     found = {}
     for key, says in (("frechet", study.title), ("heldout_loss", "held-out loss on whole images")):
-        base = dense.final(key) if dense is not None else []
+        base = dense.by_seed(key) if dense is not None else {}
         found[key] = verdict.decide(base, results.each_of(compared(study), key), says)
     sentences = [found["frechet"].sentence, _also(found["heldout_loss"])]
     seeds = sorted({len(one.rows) for one in study.usual() if one.rows})
@@ -155,7 +155,7 @@ def _sections(study: Study) -> list[page.Section]:
 def all_gaps(study: Study) -> dict[str, verdict.Interval]:
     """Each usual group's difference from dense by the Frechet distance; groups with another key changed apart."""
     dense = study.dense()
-    base = dense.final("frechet") if dense is not None else []
+    base = dense.by_seed("frechet") if dense is not None else {}
     if not base:
         return {}
     varied = [one for one in study.usual() if one.about["overrides"]]
@@ -224,13 +224,17 @@ def _closes(study: Study) -> str:
             short = next((each for each in study.usual() if each.name == charts.name_at_length(one)), None)
             if one.baseline or dense is None or usual is None or short is None or not short.final("frechet"):
                 continue
-            gap = verdict.difference(one.final("frechet"), dense.final("frechet"))
-            before = verdict.difference(short.final("frechet"), usual.final("frechet"))
+            gap = _gap(one, dense)
+            before = _gap(short, usual)
             both = f"{_way(gap.mean)} ({_seeds(gap, one, dense)}), after the usual time {_way(before.mean)}"
             said.append(f"{length:g} times as long: {charts.name_at_length(one)} is {both}.")
     if not said and any(one.about["length"] != 1 for one in study.groups):
         return "The longer runs are not finished."
     return " ".join(said)
+
+
+def _gap(one: Group, dense: Group) -> verdict.Interval:
+    return verdict.compare(dense.by_seed("frechet"), {"": one.by_seed("frechet")})[""]
 
 
 def _way(gap: float) -> str:

@@ -58,10 +58,14 @@ class Group:
     def baseline(self) -> bool:
         return bool(self.about.get("baseline"))
 
-    def final(self, key: str) -> list[float]:
+    def by_seed(self, key: str) -> dict[int, float]:
         """A value at the end of each finished cell, seeds in order; those without it are left out."""
-        ends = (value_of(self.rows[seed][-1], key) for seed in sorted(self.rows))
-        return [end for end in ends if end is not None]
+        ends = {seed: value_of(self.rows[seed][-1], key) for seed in sorted(self.rows)}
+        return {seed: end for seed, end in ends.items() if end is not None}
+
+    def final(self, key: str) -> list[float]:
+        """The same without the seeds."""
+        return list(self.by_seed(key).values())
 
     def points(self) -> list[Point]:
         """Its way, seeds taken together: they stop at the same steps."""
@@ -285,6 +289,6 @@ def plain_values(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def each_of(groups: Iterable[Group], key: str, of: Callable[[Group], bool] = bool) -> dict[str, list[float]]:
+def each_of(groups: Iterable[Group], key: str, of: Callable[[Group], bool] = bool) -> dict[str, dict[int, float]]:
     """Final values by group, of those that have any."""
-    return {group.name: values for group in groups if of(group) and (values := group.final(key))}
+    return {group.name: values for group in groups if of(group) and (values := group.by_seed(key))}

@@ -59,7 +59,7 @@ def said(study: Study) -> tuple[dict[str, Verdict], list[str]]:
     """A verdict for each target and share, and the sentences: a headline first."""
     found, sentences = {}, []
     for pair in pairs(study):
-        values = {label(one): each for one in pair.tuned() if (each := one.final("frechet"))}
+        values = {label(one): each for one in pair.tuned() if (each := one.by_seed("frechet"))}
         one = verdict.decide(_ends(pair.scratch()), values, study.title, "training from scratch")
         found[pair.says] = one
         sentences.append(f"{pair.says}: {_short(one, study.title)}")
@@ -74,12 +74,15 @@ def said(study: Study) -> tuple[dict[str, Verdict], list[str]]:
     )
     if open_ones == len(found):
         headline = "No verdict: seeds are too few, or cells not finished, to tell any difference from chance."
-    method = "How sure: Welch's t over seeds, 95% intervals, widened by Šidák's correction where a case has several."
+    method = (
+        "How sure: seeds are blocks (cells of a seed share the order of images and the noise), 95% intervals, widened "
+        "by Šidák's correction where a case has several."
+    )
     return found, [headline, *sentences, method]
 
 
-def _ends(group: Group | None) -> list[float]:
-    return [] if group is None else group.final("frechet")
+def _ends(group: Group | None) -> dict[int, float]:
+    return {} if group is None else group.by_seed("frechet")
 
 
 def _short(one: Verdict, measure: str) -> str:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 LEVEL = 0.95  # of all intervals of a family together
 METHOD = (
-    "Welch's t over seeds; {count} comparisons with dense, each interval widened by Šidák's correction so that all of "
-    "them hold together with 95% confidence"
+    "seeds are blocks (cells of a seed share first weights, the order of images and the noise), residuals are pooled "
+    "over all groups ({freedom} degrees of freedom); {count} comparisons with {name}, each interval widened by Šidák's "
+    "correction so that all of them hold together with 95% confidence"
 )
+Values = Mapping[int, float]  # by seed
 
 
 @dataclass(frozen=True)
@@ -48,44 +50,80 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def difference(values: Sequence[float], others: Sequence[float], tails: float = 1 - LEVEL) -> Interval:
-    """Welch's interval of mean(values) - mean(others); `tails` is the probability that it leaves out, both ends."""
-    mean = statistics.fmean(values) - statistics.fmean(others)
-    if min(len(values), len(others)) < 2:
-        return Interval(mean, None, None)
-    parts = [statistics.variance(each) / len(each) for each in (values, others)]
-    total = sum(parts)
-    if total == 0:
-        return Interval(mean, mean, mean)
-    freedom = total**2 / sum(part**2 / (len(each) - 1) for part, each in zip(parts, (values, others), strict=True))
-    half = _quantile(1 - tails / 2, freedom) * math.sqrt(total)
-    return Interval(mean, mean - half, mean + half)
+@dataclass(frozen=True)
+class Layout:
+    """Groups whose seeds are blocks: a value is its group's mean, plus its seed's, plus a residual."""
+
+    seeds: list[int]  # that all of the groups have
+    variance: float  # of the residuals
+    freedom: int
+
+    @classmethod
+    def of(cls, groups: Mapping[str, Values]) -> "Layout | None":
+        """The groups of two seeds or more; None where fewer than two of them share two seeds."""
+        counted = [values for values in groups.values() if len(values) > 1]
+        seeds = sorted(set.intersection(*(set(values) for values in counted))) if counted else []
+        if len(counted) < 2 or len(seeds) < 2:
+            return None
+        rows = [[values[seed] for seed in seeds] for values in counted]
+        blocks = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+        whole = statistics.fmean(blocks)
+        squares = sum(
+            (value - statistics.fmean(row) - block + whole) ** 2
+            for row in rows
+            for value, block in zip(row, blocks, strict=True)
+        )
+        freedom = (len(rows) - 1) * (len(seeds) - 1)
+        return cls(seeds, squares / freedom, freedom)
+
+    def difference(self, values: Values, others: Values, tails: float) -> Interval:
+        """The interval of mean(values) - mean(others); `tails` is the probability that it leaves out, both ends."""
+        mean = statistics.fmean(values[seed] - others[seed] for seed in self.seeds)
+        half = _quantile(1 - tails / 2, self.freedom) * math.sqrt(2 * self.variance / len(self.seeds))
+        return Interval(mean, mean - half, mean + half)
 
 
-def compare(baseline: Sequence[float], groups: Mapping[str, Sequence[float]]) -> dict[str, Interval]:
-    """Each group's difference from the baseline; all intervals hold together at LEVEL (Šidák 1967; Dunnett's T3)."""
-    comparable = sum(len(values) > 1 for values in groups.values())
-    tails = _shared(comparable)
-    return {name: difference(values, baseline, tails) for name, values in groups.items()}
+def compare(baseline: Values, groups: Mapping[str, Values]) -> dict[str, Interval]:
+    """Each group's difference from the baseline; all intervals hold together at LEVEL (Šidák 1967, with Dunnett's
+    pooled variance in a two-way layout). Two groups alone: Student's paired t. A group of one seed has no ends."""
+    layout = Layout.of({**groups, "": baseline})
+    tails = _shared(sum(len(values) > 1 for values in groups.values()))
+    found = {}
+    for name, values in groups.items():
+        if layout is not None and len(values) > 1 and len(baseline) > 1:
+            found[name] = layout.difference(values, baseline, tails)
+        else:
+            both = sorted(values.keys() & baseline.keys())
+            pairs = [(values[seed], baseline[seed]) for seed in both] or [(_mean(values), _mean(baseline))]
+            found[name] = Interval(statistics.fmean(one - other for one, other in pairs), None, None)
+    return found
 
 
-def near_best(groups: Mapping[str, Sequence[float]]) -> list[str]:
+def near_best(groups: Mapping[str, Values]) -> list[str]:
     """The groups that may be the best one: those that no other group beats (Hsu 1981: one-sided, as many as others).
 
     A group of a single seed is never ruled out, and rules none out.
     """
+    layout = Layout.of(groups)
+    if layout is None:
+        return list(groups)
+    several = {name: values for name, values in groups.items() if len(values) > 1}
     tails = 2 * _shared(len(groups) - 1)  # one-sided
-    kept = []
-    for name, values in groups.items():
-        others = (difference(values, other, tails) for key, other in groups.items() if key != name)
-        if not any(gap.low is not None and gap.low > 0 for gap in others):
-            kept.append(name)
-    return kept
+
+    def beaten(name: str) -> bool:
+        gaps = (layout.difference(several[name], other, tails) for key, other in several.items() if key != name)
+        return any(gap.low is not None and gap.low > 0 for gap in gaps)
+
+    return [name for name in groups if name not in several or not beaten(name)]
+
+
+def _mean(values: Values) -> float:
+    return statistics.fmean(values.values())
 
 
 def decide(
-    baseline: Sequence[float],  # a value for each seed, of what less is better
-    groups: Mapping[str, Sequence[float]],  # the same of every group that is compared; none empty
+    baseline: Values,  # of what less is better
+    groups: Mapping[str, Values],  # the same of every group that is compared; none empty
     measure: str,  # how the sentence names the value: "Frechet distance (builtin)"
     name: str = "dense training",  # how it names the baseline
 ) -> Verdict:
@@ -96,11 +134,12 @@ def decide(
         return Verdict("open", None, {}, [], [], "", sentence)
     gaps = compare(baseline, groups)
     told = {key: gap for key, gap in gaps.items() if gap.low is not None}
-    method = METHOD.format(count=len(told)) if told else ""
+    layout = Layout.of({**groups, "": baseline})
+    method = METHOD.format(count=len(told), freedom=layout.freedom, name=name) if told and layout else ""
     best = min(gaps, key=lambda key: gaps[key].mean)
-    base = statistics.fmean(baseline)
+    base = _mean(baseline)
     if not told:
-        lowest = f"{best} ({number(statistics.fmean(groups[best]))} against {number(base)} of {name})"
+        lowest = f"{best} ({number(_mean(groups[best]))} against {number(base)} of {name})"
         sentence = (
             f"No verdict: a single seed cannot tell a difference from chance. The lowest {measure} of a masked run so "
             f"far is that of {lowest}; give --seeds 3 or more."

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -10,21 +11,48 @@ from maskdiff.study import verdict
 RATES = ("patch 10%", "patch 50%", "patch 90%")
 
 
-def drawn(generator: random.Random, mean: float, seeds: int = 3, spread: float = 2.0) -> list[float]:
-    return [generator.gauss(mean, spread) for _ in range(seeds)]
+def drawn(generator: random.Random, mean: float, seeds: int = 3, spread: float = 2.0) -> dict[int, float]:
+    """Values whose seeds differ by 20 and more, the same for all groups: what blocks take out."""
+    return {seed: generator.gauss(mean, spread) + 20 * seed**2 for seed in range(seeds)}
+
+
+def seeded(*values: float) -> dict[int, float]:
+    return dict(enumerate(values))
 
 
 def test_intervals_equal_scipys():
-    one, other = [3.1, 2.7, 3.6, 2.2], [1.4, 2.9, 1.8]
-    known = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
-    found = verdict.difference(one, other)
+    one, other = [3.1, 2.7, 3.6, 2.2], [1.4, 2.9, 1.8, 1.1]
+    known = stats.ttest_rel(one, other).confidence_interval(0.95)
+    found = verdict.compare(seeded(*other), {"one": seeded(*one)})["one"]
     assert (found.low, found.high) == pytest.approx((known.low, known.high), rel=1e-9)
     known = stats.ttest_1samp(one, 0).confidence_interval(0.9)
     found = verdict.mean_interval(one, 0.9)
     assert (found.low, found.high) == pytest.approx((known.low, known.high), rel=1e-9)
-    family = verdict.compare(other, {name: one for name in RATES})  # three comparisons: each at 1 - 0.95^(1/3)
-    known = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95 ** (1 / 3))
-    assert all(gap.low == pytest.approx(known.low, rel=1e-9) for gap in family.values())
+
+
+def test_intervals_of_several_groups_are_those_of_a_linear_model():
+    """Least squares on a column for each group and for each seed but the first; three comparisons."""
+    values = np.random.default_rng(1).normal(size=(4, 3))
+    design = np.zeros((12, 6))
+    for number, (group, seed) in enumerate(np.ndindex(4, 3)):
+        design[number, group] = 1
+        if seed:
+            design[number, 3 + seed] = 1
+    solved, squares, _, _ = np.linalg.lstsq(design, values.ravel(), rcond=None)
+    variance, freedom = squares[0] / (12 - 6), 12 - 6
+    contrast = np.array([-1.0, 0, 1, 0, 0, 0])
+    error = (variance * contrast @ np.linalg.inv(design.T @ design) @ contrast) ** 0.5
+    half = error * stats.t.ppf((1 + 0.95 ** (1 / 3)) / 2, freedom)
+    found = verdict.compare(seeded(*values[0]), {str(group): seeded(*values[group]) for group in (1, 2, 3)})["2"]
+    mean = contrast @ solved
+    assert (found.mean, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), rel=1e-9)
+
+
+def test_seeds_that_one_group_lacks_are_left_out():
+    groups = {"a": {0: 1.0, 1: 2.0, 2: 9.0}, "b": {0: 3.0, 2: 4.5}, "c": {7: 5.0}}
+    found = verdict.compare({0: 0.0, 1: 100.0, 2: 0.5}, groups)
+    assert found["a"].mean == pytest.approx((1 + 8.5) / 2) and found["a"].low is not None
+    assert found["c"].low is None and found["c"].mean == pytest.approx(5 - 100.5 / 3)
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
@@ -69,23 +97,24 @@ def test_outcomes_on_known_truth(means, outcome, best, says):
 
 def test_what_cannot_be_told_from_the_best_is_named():
     groups = {
-        "a": [150.0, 152.0, 151.0],
-        "b": [151.0, 153.0, 150.5],
-        "c": [190.0, 191.0, 192.0],
-        "d": [240.0, 241, 242],
+        "a": seeded(150.0, 152.0, 151.0),
+        "b": seeded(151.0, 153.0, 150.5),
+        "c": seeded(190.0, 191.0, 192.0),
+        "d": seeded(240.0, 241, 242),
     }
-    found = verdict.decide([200.0, 201.0, 202.0], groups, "distance")
+    found = verdict.decide(seeded(200.0, 201.0, 202.0), groups, "distance")
     assert (found.best, found.near, found.worse) == ("a", ["b"], ["d"])
     assert "cannot be told apart from b." in found.sentence and "Worse than dense training: d." in found.sentence
     assert set(verdict.near_best(groups)) == {"a", "b"}
 
 
 def test_too_few_seeds_are_no_verdict():
-    single = verdict.decide([200.0], {"a": [150.0], "b": [170.0]}, "distance")
+    single = verdict.decide(seeded(200.0), {"a": seeded(150.0), "b": seeded(170.0)}, "distance")
     assert single.outcome == "open" and "a (150 against 200" in single.sentence and "--seeds 3" in single.sentence
-    assert verdict.decide([], {"a": [1.0, 2.0]}, "distance").outcome == "open"
-    assert verdict.decide([1.0, 2.0], {}, "distance").outcome == "open"
-    mixed = verdict.decide([200.0, 201.0, 202.0], {"a": [100.0], "b": [150.0, 151.0, 152.0]}, "distance")
+    assert verdict.decide(seeded(), {"a": seeded(1.0, 2.0)}, "distance").outcome == "open"
+    assert verdict.decide(seeded(1.0, 2.0), {}, "distance").outcome == "open"
+    groups = {"a": seeded(100.0), "b": seeded(150.0, 151.0, 152.0)}
+    mixed = verdict.decide(seeded(200.0, 201.0, 202.0), groups, "distance")
     assert mixed.outcome == "better" and mixed.best == "b" and mixed.near == ["a"]  # a is lower, by a single seed
 
 
