@@ -319,8 +319,8 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     (
         "maskdiff/study/page.py",
         trainer("report"),
+        (
             (r'.replace("<", "\\u003c")', ""),
-            ('.replace("<", "\\u003c")', ""),
             ("main{overflow-wrap:anywhere;", "main{"),
             ("<dd>{escape(value)}</dd>", "<dd>{value}</dd>"),
         ),
