@@ -1,7 +1,8 @@
-"""`python tests/pages.py --write` brings docs/configuration.md and docs/library.md up to date with the code.
+"""`python tests/pages.py --write` brings docs/configuration.md, library.md and results.md up to date.
 
-Both pages are written by hand, but for what stands between their markers: every key of a configuration, from the
-dataclasses and the texts below their fields; and the public names with their signatures, as they stand in the source.
+The pages are written by hand, but for what stands between their markers: every key of a configuration, from the
+dataclasses and the texts below their fields; the public names with their signatures, as they stand in the source; and
+the tables of the studies in benchmarks/results/.
 """
 
 import ast
@@ -9,6 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import statistics
 import sys
 import textwrap
 from pathlib import Path
@@ -156,9 +158,69 @@ def _tree(value: Any) -> Any:
     return ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
 
 
+# ---- studies
+
+STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
+
+def results() -> str:
+    """The tables of docs/results.md, from the reports of the studies that stand in benchmarks/results/."""
+    return f"{_rates('rates-noto-emoji')}\n\n{_transfer('transfer-emoji')}"
+
+
+def _report(name: str) -> dict[str, Any]:
+    return json.loads((STUDIES / name / "report.json").read_text())
+
+
+def _rates(name: str) -> str:
+    told = _report(name)
+    speed = {row["mask"]: row for row in told["speed_ups"]}
+    gaps = {key: told["verdicts"][key]["differences"] for key in ("frechet", "heldout_loss")}
+    head = ("first half", "images/s of a masked step", "ideal", "images seen", "Frechet distance of each seed", "mean")
+    head += ("against dense, 95 %", "held-out loss", "against dense, 95 %")
+    lines = [*map(_quoted, told["sentences"]), f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for group in [group for group in told["groups"] if group["seeds"]]:
+        row = speed[group["time"][0]["mask"]]
+        ends, loss = (group["final"][key] for key in ("frechet", "heldout_loss"))
+        cells = [
+            group["name"],
+            f"{row['speed_up']:.2f}x",
+            f"{row['ideal']:.2f}x",
+            f"{sum(part['images'] for part in group['time']) / 1000:.0f} k",
+            ", ".join(f"{value:,.0f}" for value in ends),
+            f"{statistics.fmean(ends):,.0f}",
+            _gap(gaps["frechet"].get(group["name"]), ",.0f"),
+            f"{statistics.fmean(loss):.4f}",
+            _gap(gaps["heldout_loss"].get(group["name"]), ".4f"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "### Mask rates\n\n" + "\n".join(lines)
+
+
+def _transfer(name: str) -> str:
+    told = _report(name)
+    lines = [*map(_quoted, told["sentences"]), "| | Frechet distance | held-out loss |", "|---|---|---|"]
+    for group in [group for group in told["groups"] if group["seeds"]]:
+        ends = {key: statistics.fmean(group["final"][key]) for key in ("frechet", "heldout_loss")}
+        lines.append(f"| {group['name']} | {ends['frechet']:,.0f} | {ends['heldout_loss']:.4f} |")
+    return "### Transfer\n\n" + "\n".join(lines)
+
+
+def _quoted(sentence: str) -> str:
+    return f"> {sentence}\n"
+
+
+def _gap(gap: dict[str, Any] | None, form: str) -> str:
+    if gap is None:
+        return ""
+    if gap["low"] is None:
+        return f"{gap['mean']:+{form}}"
+    return f"{gap['mean']:+{form}} ({gap['low']:+{form}} to {gap['high']:+{form}})"
+
+
 # ---- the pages
 
-PAGES = {"configuration.md": configuration, "library.md": library}
+PAGES = {"configuration.md": configuration, "library.md": library, "results.md": results}
 
 
 def on_page(page: str) -> str:

@@ -18,7 +18,7 @@ from ..data import PackedSet
 from ..durable import write_json
 from ..durations import words
 from ..errors import UserError
-from ..metrics import Reference
+from ..metrics import Reference, frechet_distance, moments
 from ..sampling import Sampler
 from . import cells
 from .clock import Times
@@ -63,9 +63,8 @@ def picture(packed: PackedSet, path: Path) -> None:
 
 def halves(extractor: features.Extractor, packed: PackedSet) -> float:
     """The Frechet distance between two halves of the training images: what is told from chance begins above it."""
-    halves = packed.train_ids[0::2], packed.train_ids[1::2]
-    other = extractor.features(packed.images(part) for part in halves[1].split(256))
-    return Reference.of(extractor, packed, halves[0]).compare(other).frechet
+    parts = (packed.train_ids[half::2].split(256) for half in (0, 1))
+    return frechet_distance(*(moments(extractor.features(map(packed.images, part))) for part in parts))
 
 
 def judge(plan: dict[str, Any], config: Config) -> cells.Judge:
