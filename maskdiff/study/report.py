@@ -1,7 +1,6 @@
 """The report of a study: a page that needs no network, a picture, a table for spreadsheets, and all of it as JSON."""
 
 import csv
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +167,7 @@ def all_gaps(study: Study) -> dict[str, verdict.Interval]:
 
 
 def reach_rows(study: Study) -> list[dict[str, Any]]:
-    """When each usual group reached the dense run's final values."""
+    """When each usual group reached the final values of the dense run of the same seed."""
     dense = study.dense()
     found = []
     for one in study.usual():
@@ -176,8 +175,8 @@ def reach_rows(study: Study) -> list[dict[str, Any]]:
             continue
         row: dict[str, Any] = {"group": one.name}
         for key in ("frechet", "heldout_loss"):
-            ends = dense.final(key)
-            row[key] = results.time_to(one, key, statistics.fmean(ends)) if ends else None
+            ends = dense.by_seed(key)
+            row[key] = results.time_to(one, key, ends) if ends.keys() & one.rows.keys() else None
         found.append(row)
     return found
 
@@ -209,7 +208,10 @@ def _reached(study: Study) -> tuple[Figure | None, list[page.Table]]:
         ]
         for row in rows
     ]
-    note = f"Times until the dense run's values after {words(total)} were reached; in brackets, how many times sooner."
+    note = (
+        f"Times until the values were reached that the dense run of the same seed had after {words(total)}; in brackets, "
+        "how many times sooner."
+    )
     return charts.reached(shown, total), [page.Table(head, cells, note)]
 
 

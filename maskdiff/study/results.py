@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,10 +246,12 @@ class Reached:
     bound: bool  # a seed was there when it was measured first: no later than `seconds`
 
 
-def time_to(group: Group, key: str, target: float) -> Reached:
-    """Training seconds until a value is at most the target, linear between measurements."""
+def time_to(group: Group, key: str, targets: Mapping[int, float]) -> Reached:
+    """Training seconds until each seed's value is at most its target, linear between measurements."""
     times, bound = [], False
-    for rows in group.rows.values():
+    shared = sorted(group.rows.keys() & targets.keys())
+    for seed in shared:
+        rows, target = group.rows[seed], targets[seed]
         seen = [(row["seconds"], value) for row in rows if (value := value_of(row, key)) is not None]
         for number, (seconds, value) in enumerate(seen):
             if value <= target:
@@ -260,8 +262,8 @@ def time_to(group: Group, key: str, target: float) -> Reached:
                     before, above = seen[number - 1]
                     times.append(before + (seconds - before) * (above - target) / (above - value))
                 break
-    whole = bool(times) and len(times) == len(group.rows)
-    return Reached(len(group.rows), len(times), statistics.fmean(times) if whole else None, bound)
+    whole = bool(times) and len(times) == len(shared)
+    return Reached(len(shared), len(times), statistics.fmean(times) if whole else None, bound)
 
 
 def renamed(group: Group, name: str) -> Group:

@@ -76,10 +76,10 @@ def test_figures_of_a_sweep(tmp_path):
     rows = by_name["patch 50%"].rows[0]
     ends = [(row["seconds"], row["scores"]["frechet"]) for row in rows if row["scores"]][1:]
     middle = (ends[0][1] + ends[1][1]) / 2
-    reached = results.time_to(by_name["patch 50%"], "frechet", middle)
+    reached = results.time_to(by_name["patch 50%"], "frechet", dict.fromkeys(range(3), middle))
     assert reached.seconds == pytest.approx((ends[0][0] + ends[1][0]) / 2) and reached.reached == reached.seeds == 3
-    assert results.time_to(by_name["patch 90%"], "frechet", 200.0).reached == 0
-    first = results.time_to(by_name["patch 50%"], "frechet", 1e3)
+    assert results.time_to(by_name["patch 90%"], "frechet", dict.fromkeys(range(3), 200.0)).reached == 0
+    first = results.time_to(by_name["patch 50%"], "frechet", dict.fromkeys(range(3), 1e3))
     assert first.bound and first.seconds == pytest.approx(rows[5]["seconds"])
 
 
