@@ -209,8 +209,8 @@ def _reached(study: Study) -> tuple[Figure | None, list[page.Table]]:
         for row in rows
     ]
     note = (
-        f"Times until the values were reached that the dense run of the same seed had after {words(total)}; in brackets, "
-        "how many times sooner."
+        f"Times until the values were reached that the dense run of the same seed had after {words(total)}; in "
+        "brackets, how many times sooner."
     )
     return charts.reached(shown, total), [page.Table(head, cells, note)]
 
