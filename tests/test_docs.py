@@ -120,7 +120,7 @@ def run_command(line: str) -> None:
     command = words[2].removeprefix("maskdiff.")
     short = "resume" if "--resume" in words else command
     more = TINY.get(short, "") + (" --count 4" if command == "sample" and "--count" in words else "")
-    if short == "train" and not {"--data", "--config"} & set(words):
+    if short in ("train", "sweep") and not {"--data", "--config", "--report"} & set(words):
         more += " --data faces:100"
     if Path(words[3] if len(words) > 3 else "").name in PLANNED:
         more += " --dry-run"
