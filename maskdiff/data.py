@@ -23,7 +23,7 @@ from maskdiff.packing.look import Look
 from maskdiff.packing.manifest import IMAGES, Manifest, is_packed
 from maskdiff.packing.sources import KINDS, Options, exists, lowest, open_source
 from maskdiff.packing.writer import Source, check_geometry, locked, pack
-from maskdiff_kernels import Store
+from maskdiff_kernels import Store, philox
 
 ALL_KINDS = f"{KINDS}, a packed set, faces:N, faces-b:N or digits"
 
@@ -53,6 +53,11 @@ class PackedSet:
         down, across = self.store.grid
         patches = self.store.patches[index].view(len(index), down, across, self.patch, self.patch, self.channels)
         return patches.transpose(2, 3).reshape(len(index), self.image_size, self.image_size, self.channels)
+
+    def random_labels(self, count: int, seed: int = 0) -> Tensor:  # [count, A] int64
+        """Labels of training images drawn at random, for samples to be held against these; i's depend on (seed, i)."""
+        words = philox.elements(torch.tensor([seed]), torch.arange(count), philox.IMAGE_GENERATOR, 3)
+        return self.labels[self.train_ids[philox.high(words[:, 2], len(self.train_ids))]].long()
 
 
 def open_packed(path: str | Path, patch: int | None = None) -> PackedSet:

@@ -241,8 +241,7 @@ def _drawn(options: argparse.Namespace, spec: str, run: LoadedRun, real: PackedS
     labels, kind = None, None
     if classes:
         if real is not None and real.class_names == (run.meta.get("class_names") or []):
-            chosen = sampling.random_labels(count, (len(real.train_ids),), options.seed)[:, 0]
-            labels, kind = real.labels[real.train_ids[chosen]].long(), "those of training images, drawn at random"
+            labels, kind = real.random_labels(count, options.seed), "those of training images, drawn at random"
         else:
             labels, kind = sampling.random_labels(count, classes, options.seed), "all alike, drawn at random"
     sampler = sampler_of(options, run, labels)

@@ -126,7 +126,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "emoji32": Preset(
-        "emoji at 32 px, or any small set of real images given by --data, without labels",
+        "emoji at 32 px, or any small set of real images given by --data: some minutes on 2 CPU cores",
         _small(
             "emoji32",
             EMOJI,
@@ -135,7 +135,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "emoji64": Preset(
-        "the same at 64 px",
+        "the same at 64 px: some ten minutes; with a few hundred steps samples are mosaics still",
         _small(
             "emoji64",
             EMOJI,

@@ -36,6 +36,7 @@ class Judge:
     sampler: Sampler
     count: int
     seed: int
+    labels: Tensor | None  # [count, A] of the samples; None: unlabelled
 
     def __call__(self, place: Path) -> tuple[dict[str, Any], Tensor]:  # scores; [SHOWN, H, W, C] uint8
         """Judges the averaged weights of a checkpoint."""
@@ -43,15 +44,12 @@ class Judge:
         device = precision.resolve_device(loaded.config.device)
         model = loaded.model.to(device)
         cast_products(model, precision.resolve_precision(loaded.config.precision, device))
-        labels = None
-        if loaded.config.model.classes:
-            labels = sampling.random_labels(self.count, loaded.config.model.classes, self.seed)
         shown: list[Tensor] = []
 
         def images() -> Iterator[Tensor]:
             start = sampling.seeded(model.config, self.seed)
             ids = torch.arange(self.count)
-            for _, drawn in sampling.batches(model, loaded.diffusion, self.sampler, start, ids, labels):
+            for _, drawn in sampling.batches(model, loaded.diffusion, self.sampler, start, ids, self.labels):
                 if sum(map(len, shown)) < SHOWN:
                     shown.append(drawn)
                 yield drawn

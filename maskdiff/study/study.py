@@ -75,8 +75,10 @@ def judge(plan: dict[str, Any], config: Config) -> cells.Judge:
             f"{plan['features']} is not the extractor that this study began with ({plan['extractor']['name']}, "
             f"{plan['extractor']['digest']}); give that file with --features"
         )
-    reference = Reference.of(extractor, packed_of(config))
-    return cells.Judge(extractor, reference, Sampler(**plan["sampler"]), plan["count"], plan["sample_seed"])
+    packed, count, seed = packed_of(config), plan["count"], plan["sample_seed"]
+    labels = packed.random_labels(count, seed) if config.model.classes else None
+    reference = Reference.of(extractor, packed)
+    return cells.Judge(extractor, reference, Sampler(**plan["sampler"]), count, seed, labels)
 
 
 def estimate(plan: dict[str, Any], times: Times) -> tuple[float, float]:
