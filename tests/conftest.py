@@ -43,3 +43,11 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads_of_the_module() -> Iterator[None]:
+    """Commands that tests run call it, too."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

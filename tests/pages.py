@@ -165,7 +165,7 @@ STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 def results() -> str:
     """The tables of docs/results.md, from the reports of the studies that stand in benchmarks/results/."""
-    return f"{_rates('rates-noto-emoji')}\n\n{_transfer('transfer-emoji')}"
+    return _rates("rates-noto-emoji")
 
 
 def _report(name: str) -> dict[str, Any]:
@@ -195,15 +195,6 @@ def _rates(name: str) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "### Mask rates\n\n" + "\n".join(lines)
-
-
-def _transfer(name: str) -> str:
-    told = _report(name)
-    lines = [*map(_quoted, told["sentences"]), "| | Frechet distance | held-out loss |", "|---|---|---|"]
-    for group in [group for group in told["groups"] if group["seeds"]]:
-        ends = {key: statistics.fmean(group["final"][key]) for key in ("frechet", "heldout_loss")}
-        lines.append(f"| {group['name']} | {ends['frechet']:,.0f} | {ends['heldout_loss']:.4f} |")
-    return "### Transfer\n\n" + "\n".join(lines)
 
 
 def _quoted(sentence: str) -> str:

@@ -35,7 +35,12 @@ SAMPLES = "--sample-count 4 --sample-steps 2"
 TINY = {"train": f"{SMALL} {SAMPLES}", "resume": "--max-steps 3", "sample": "--steps 2", "watch": "--once"}
 STUDY = "--seconds 0.01s --count 8 --points 1 --steps 2 --rounds 3 --seeds 1 --tokens 260 --threads 1 --device cpu "
 STUDY += "--model.width 32 --model.blocks 3 --model.heads 1 --sample-steps 2"
-PLANNED = ("celeba64-kinds", "celeba64-course", "small-to-celebahq64")  # studies: their cells are as those of others
+PLANNED = (
+    "celeba64-kinds",
+    "celeba64-course",
+    "small-to-celebahq64",
+    "rates-noto-emoji",
+)  # studies: their cells are as those of others
 TINY |= {"sweep": STUDY, "transfer": STUDY, "evaluate": "--count 8 --steps 2"}
 
 # What is not run here, and why: the first words of commands.
@@ -47,7 +52,8 @@ NOT_RUN = {
     "python -m pytest benchmarks/": "measures for minutes; that there is such a file is tested",
 }
 PLACEHOLDERS = {"SOURCE": "photos", "OUT": "packed/of-page", "RUN": "runs/first", "[options]": ""}
-PLACEHOLDERS |= {"inception-2015-12-05.pt": "stand-in.pt"}
+PLACEHOLDERS |= {"inception-2015-12-05.pt": "stand-in.pt", "squeezenet-features.pt": "builtin"}
+PLACEHOLDERS |= {"noto-emoji-128.zip": "photos.tar"}
 
 
 @dataclass(frozen=True)
