@@ -217,8 +217,8 @@ def differences(title: str, gaps: dict[str, Interval]) -> Figure | None:
         for key, gap in gaps.items()
     ]
     base = alt.Chart(alt.Data(values=data))
-    ends = [end for gap in gaps.values() for end in (gap.low, gap.high)]
-    domain = _around([0.0, *(gap.mean for gap in gaps.values())], ends)
+    ends = [end for gap in gaps.values() for end in (gap.low, gap.mean, gap.high) if end is not None]
+    domain = _around([0.0, *ends])  # whole intervals: whether they hold 0 is what is read here
     scale = alt.Scale(domain=list(domain), nice=False, clamp=True)
     axis = alt.Axis(tickCount=4)
     y = _names_axis(alt, order)
