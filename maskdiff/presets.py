@@ -135,7 +135,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "emoji64": Preset(
-        "the same at 64 px: some ten minutes; with a few hundred steps samples are mosaics still",
+        "the same at 64 px: some ten minutes, for colours and outlines; details take several times the steps",
         _small(
             "emoji64",
             EMOJI,
