@@ -175,7 +175,7 @@ def sweep(folder: Path, seeds: int = 3, truth: dict[float, float] = TRUTH, sprea
 
 
 def rich(folder: Path) -> Path:
-    """All that a sweep can hold: two kinds, fine-tune shares, another key, longer runs, one cell unfinished."""
+    """All that a sweep can hold: kinds, fine-tune shares, another key, longer runs, a long name, an unfinished cell."""
     generator = np.random.default_rng(2)
     cells: list[tuple[dict[str, Any], float | None]] = []
     for seed in range(3):
@@ -190,7 +190,7 @@ def rich(folder: Path) -> Path:
     cells += [(cell("patch", rate, 0, length=4.0), value) for rate, value in ((0.0, 120.0), (0.7, 112.0))]
     known = [(one, None if value is None else value + 2 * float(generator.normal())) for one, value in cells]
     unfinished = known[-1][0]
-    return write(folder, [*known[:-1], (unfinished, None)])
+    return write(folder, [*known[:-1], (unfinished, None)], title="What masking buys: " + "images" * 30)
 
 
 def transfer(folder: Path, seeds: int = 3) -> Path:
