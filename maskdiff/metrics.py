@@ -68,9 +68,8 @@ def moments(
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), Heusel et al., arXiv 1706.08500, eq. 6.
 
-    The last trace is that of (R' S_b R)^(1/2) with S_a = R R'. Unlike torchmetrics' FID, which asks for the eigenvalues
-    of the product S_a S_b, it has symmetric matrices alone: real eigenvalues whatever the rank, found faster; and the
-    real images' moments can be kept.
+    The last trace is that of (R' S_b R)^(1/2) with S_a = R R', of symmetric matrices: real eigenvalues whatever the
+    rank. torchmetrics' FID gives the same; here the real images' moments can be kept.
     """
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp(min=0).sqrt()

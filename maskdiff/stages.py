@@ -88,9 +88,9 @@ def share_time(
         number = missing.index(factor)
         least = math.ceil(100 * minutes * factor) / 100
         raise UserError(
-            f"time_budget is too short: {int(lengths[number])} steps would be left to stage {number} "
-            f"'{stages[number].mask}', of {step_ms[number]:.1f} ms, and its warm-up alone has {stages[number].warmup}; "
-            f"give {least:g}m or more, or shorter warm-ups"
+            f"time_budget is too short: {int(lengths[number])} steps would be left to {called(number)} "
+            f"'{stages[number].mask}', of {step_ms[number]:.1f} ms, and its warm-up alone has "
+            f"{stages[number].warmup}; give {least:g}m or more, or shorter warm-ups"
         )
     return [int(length) for length in lengths]
 

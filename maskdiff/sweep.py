@@ -2,11 +2,8 @@
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from . import features, training
 from .config import Config
@@ -17,41 +14,11 @@ from .study.clock import Times
 
 
 def main() -> None:
-    asked, rest = _parser().parse_known_args()
-    path = Path(asked.study)
-    saved = study.read(path) if (path / study.PLAN).exists() else None
-    if saved is not None and saved["kind"] != "sweep":
-        raise UserError(f"{path} is a study of another kind; python -m maskdiff.{saved['kind']} goes on with it")
-    if asked.report:
-        _report(path)
-        return
-    if asked.worker:
-        assert saved is not None
-        finished = study.work(path, saved, study.sweep_setup(saved), asked.keep)
-        sys.exit(0 if finished else 130)
-    chosen = asking.settled(asked, rest, saved, DEFAULTS)
-    jobs = chosen["jobs"]
-    torch.set_num_threads(chosen["threads"])
-    made, times = _planned(path, chosen, saved)
-    print(study.tell(made, times, jobs))
-    if asked.dry_run:
-        return
-    study.write(path, made, times)
-    if jobs > 1:
-        finished = study.workers(path, made, jobs, ["-m", "maskdiff.sweep", str(path), "--worker"])
-    else:
-        finished = study.work(path, made, study.sweep_setup(made), asked.keep)
-    _report(path)
-    if not finished:
-        print(f"stopped; go on with: python -m maskdiff.sweep {path}")
-        sys.exit(130)
+    asking.command(asking.Kind("sweep", DEFAULTS, _planned, study.tell, _work), _parser())
 
 
-def _report(path: Path) -> None:
-    from .study import report
-
-    for file in report.write(path):
-        print(file)
+def _work(path: Path, made: dict[str, Any], keep: bool) -> bool:
+    return study.work(path, made, study.sweep_setup(made), keep)
 
 
 DEFAULTS: dict[str, Any] = asking.DEFAULTS | {

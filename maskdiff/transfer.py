@@ -4,13 +4,10 @@ import argparse
 import dataclasses
 import re
 import shutil
-import sys
 import time
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from . import checkpoint, features, training
 from .config import Config, config_from_dict, config_to_dict
@@ -44,43 +41,7 @@ class Images(NamedTuple):
 
 
 def main() -> None:
-    asked, rest = _parser().parse_known_args()
-    path = Path(asked.study)
-    saved = study.read(path) if (path / study.PLAN).exists() else None
-    if saved is not None and saved["kind"] != "transfer":
-        raise UserError(f"{path} is a study of another kind; python -m maskdiff.{saved['kind']} goes on with it")
-    if asked.report:
-        _report(path)
-        return
-    if asked.worker:
-        assert saved is not None
-        sys.exit(0 if _work(path, saved, asked.keep) else 130)
-    chosen = asking.settled(asked, rest, saved, DEFAULTS)
-    torch.set_num_threads(chosen["threads"])
-    made, times = _planned(path, chosen, saved)
-    print(_tell(made, times, chosen["jobs"]))
-    if asked.dry_run:
-        return
-    study.write(path, made, times)
-    if chosen["jobs"] > 1:
-        command = ["-m", "maskdiff.transfer", str(path), "--worker", *(["--keep"] if asked.keep else [])]
-        finished = study.workers(path, made, chosen["jobs"], command)
-    else:
-        finished = _work(path, made, asked.keep)
-    if finished and not asked.keep:
-        for cell in made["pretraining"]:
-            shutil.rmtree(path / "work" / cell["name"], ignore_errors=True)
-    _report(path)
-    if not finished:
-        print(f"stopped; go on with: python -m maskdiff.transfer {path}")
-        sys.exit(130)
-
-
-def _report(path: Path) -> None:
-    from .study import report
-
-    for file in report.write(path):
-        print(file)
+    asking.command(asking.Kind("transfer", DEFAULTS, _planned, _tell, _work), _parser())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -278,9 +239,16 @@ def _tell(made: dict[str, Any], times: Times, jobs: int) -> str:
 
 
 def _work(path: Path, made: dict[str, Any], keep: bool) -> bool:
-    """Pre-trains what the cells start from, then runs them. False where a signal stopped it."""
+    """Pre-trains what the cells start from, then runs them. False where a signal stopped it.
+
+    Pre-trained weights go when the last cell is finished, by whatever process.
+    """
     setup = _setup(path, made)
-    return _pretrain(path, made, setup) and study.work(path, made, setup, keep)
+    done = _pretrain(path, made, setup) and study.work(path, made, setup, keep)
+    if done and not keep and all(cells.finished(path, cell) for cell in made["cells"]):
+        for cell in made["pretraining"]:
+            shutil.rmtree(path / "work" / cell["name"], ignore_errors=True)
+    return done
 
 
 def _pretrain(path: Path, made: dict[str, Any], setup: study.Setup) -> bool:

@@ -1,7 +1,8 @@
-"""What every kind of study is asked: common options, what they fall back on, and the parts of its plan that follow."""
+"""The command of every kind of study: common options, what they fall back on, the parts of its plan that follow."""
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..errors import UserError
 from ..features import Extractor
 from ..sampling import Sampler
 from .clock import Times, joined
-from .study import FORMAT, TIMES
+from .study import FORMAT, PLAN, TIMES, read, workers, write
 
 LEAST_COUNT = 100  # samples, when a budget is short
 DEFAULTS: dict[str, Any] = {
@@ -56,6 +57,55 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--report", action="store_true", default=False, help="writes the report anew, and stops")
     add("--keep", action="store_true", default=False, help="keeps each cell's run in STUDY/work")
     add("--worker", action="store_true", default=False, help=argparse.SUPPRESS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What one kind of study does by itself."""
+
+    name: str  # python -m maskdiff.NAME
+    defaults: dict[str, Any]  # of all its options
+    planned: Callable[[Path, dict[str, Any], dict[str, Any] | None], tuple[dict[str, Any], Times]]
+    tell: Callable[[dict[str, Any], Times, int], str]  # what it takes
+    work: Callable[[Path, dict[str, Any], bool], bool]  # True at the end: keeps runs. False where a signal stopped it
+
+
+def command(kind: Kind, parser: argparse.ArgumentParser) -> None:
+    """Plans a study or goes on with it, and reports. Exit status 130 where it was stopped."""
+    asked, rest = parser.parse_known_args()
+    path = Path(asked.study)
+    saved = read(path) if (path / PLAN).exists() else None
+    if saved is not None and saved["kind"] != kind.name:
+        raise UserError(f"{path} is a study of another kind; python -m maskdiff.{saved['kind']} goes on with it")
+    if asked.report:
+        _report(path)
+        return
+    if asked.worker:
+        assert saved is not None
+        sys.exit(0 if kind.work(path, saved, asked.keep) else 130)
+    chosen = settled(asked, rest, saved, kind.defaults)
+    torch.set_num_threads(chosen["threads"])
+    made, clock = kind.planned(path, chosen, saved)
+    print(kind.tell(made, clock, chosen["jobs"]))
+    if asked.dry_run:
+        return
+    write(path, made, clock)
+    if chosen["jobs"] > 1:
+        words = ["-m", f"maskdiff.{kind.name}", str(path), "--worker", *(["--keep"] if asked.keep else [])]
+        finished = workers(path, made, chosen["jobs"], words)
+    else:
+        finished = kind.work(path, made, asked.keep)
+    _report(path)
+    if not finished:
+        print(f"stopped; go on with: python -m maskdiff.{kind.name} {path}")
+        sys.exit(130)
+
+
+def _report(path: Path) -> None:
+    from . import report
+
+    for file in report.write(path):
+        print(file)
 
 
 def settled(

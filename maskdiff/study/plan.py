@@ -49,7 +49,7 @@ class Course:
 
     @property
     def group(self) -> str:
-        name = self.says or ", then ".join(_named(part.mask) for part in self.parts[: None if self.dense else -1] or ())
+        name = self.says or ", then ".join(_named(part.mask) for part in self.parts)
         return ", ".join([name, *(f"{key.rpartition('.')[2]} {value}" for key, value in self.overrides), *self._longer])
 
     @property

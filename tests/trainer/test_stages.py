@@ -183,9 +183,11 @@ def test_a_time_budget_is_shared_as_the_stages_say():
     assert lengths == [1200, 600, int(60e3 / 7)]
     assert sum(steps * ms for steps, ms in zip(lengths, step_ms, strict=True)) <= 4 * 60e3
     assert share_time(stages, step_ms, 0.171)[0] == 51
-    with pytest.raises(UserError, match=r"42 steps .* stage 0 'patch:0.75', of 50.0 ms, .* has 50; give 0.17m or more"):
+    with pytest.raises(
+        UserError, match=r"42 steps .*stages.0. 'patch:0.75', of 50.0 ms, .* has 50; give 0.17m or more"
+    ):
         share_time(stages, step_ms, 0.141)
-    with pytest.raises(UserError, match="0 steps would be left to stage 0 'dense'.* give 0.02m or more"):
+    with pytest.raises(UserError, match="0 steps would be left to stage 1 .--stages.0. 'dense'.* give 0.02m or more"):
         share_time(parse_stages("dense x2"), [1000.0], 0.9 / 60)
 
 

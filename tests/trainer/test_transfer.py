@@ -9,6 +9,7 @@ import torch
 
 from maskdiff import data, training, transfer
 from maskdiff.errors import UserError
+from maskdiff.study import asked as asking
 from maskdiff.study import cells, study
 from maskdiff.study.clock import Times
 
@@ -19,7 +20,7 @@ SHORT = ["--seconds", "0.3s", "--count", "12", "--points", "1", "--steps", "2", 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     """Without the report, whose tests are elsewhere; docs/reproduce.md is run with it."""
-    monkeypatch.setattr(transfer, "_report", lambda path: None)
+    monkeypatch.setattr(asking, "_report", lambda path: None)
     monkeypatch.setattr(training, "HELDOUT_SAMPLES", 16)
     monkeypatch.setattr(sys, "argv", ["transfer", *map(str, words)])
     transfer.main()
