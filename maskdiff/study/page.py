@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -68,11 +67,6 @@ class Section:
 def these(*figures: Figure | None) -> list[Figure]:
     """Those that have something to show."""
     return [figure for figure in figures if figure is not None]
-
-
-def wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most so many letters."""
-    return textwrap.wrap(text, width)
 
 
 def html(study: Study, sentences: Sequence[str], sections: Sequence[Section]) -> str:

@@ -1,6 +1,7 @@
 """The report of a study: a page that needs no network, a picture, a table for spreadsheets, and all of it as JSON."""
 
 import csv
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ def write(folder: Path) -> list[Path]:
     paths = [folder / f"report.{ending}" for ending in ("html", "png", "csv", "json")]
     paths[0].write_text(page.html(study, told.sentences, sections), encoding="utf-8")
     figures = [figure for section in sections for figure in section.figures if figure.name not in page.PAGE_ONLY]
-    heading = [study.plan["title"], *(line for text in told.sentences[:2] for line in page.wrapped(text, 125))]
+    heading = [study.plan["title"], *(line for text in told.sentences[:2] for line in textwrap.wrap(text, 125))]
     paths[1].write_bytes(drawing.picture(figures, heading))
     with paths[2].open("w", newline="", encoding="utf-8") as file:
         lines = list(table(study))

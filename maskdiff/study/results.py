@@ -14,7 +14,6 @@ from .verdict import Interval, mean_interval
 
 SCORES = ("frechet", "kid", "precision", "recall", "density", "coverage")
 AXES = ("seconds", "steps", "images", "flops")  # what a run is counted in; seconds decide
-ABSENT = {"kind": "", "rate": 0.0, "finetune": 0.0, "baseline": False, "length": 1.0, "overrides": {}}
 Cell = dict[str, Any]
 Row = dict[str, Any]
 
