@@ -1,7 +1,6 @@
 """The parts of a block in plain PyTorch, arranged so that a training step copies as little as it can."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +10,6 @@ import maskdiff_kernels
 from maskdiff_kernels import dispatch
 from maskdiff_kernels.ops import checks
 from maskdiff_kernels.ops.attention import sdpa
-
-_gelu, _gelu_backward = torch.ops.maskdiff.gelu.default, torch.ops.maskdiff.gelu_backward.default
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -42,39 +39,11 @@ def join(
     return stream.addmm_(a, last.weight.t())
 
 
-def linear_gelu(
-    x: Tensor,  # [M, D]
-    linear: nn.Linear,  # D to H, with a bias
-) -> Tensor:  # [M, H]
-    """gelu(linear(x)): by the op on a CPU, whose backward pass sums the bias' gradient on its way; else by PyTorch."""
-    if x.is_cpu and x.dtype == linear.weight.dtype in checks.FLOATS and not torch.compiler.is_compiling():
-        name = dispatch.choice("gelu", x.device)
-        if name != "reference" and not torch.is_autocast_enabled("cpu"):
-            return _LinearGelu.apply(x, linear.weight, linear.bias, name)
-    return F.gelu(linear(x))
-
-
-class _LinearGelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-        inner = torch.addmm(bias, x, weight.t())
-        ctx.save_for_backward(x, weight, inner)
-        ctx.backend = backend
-        return _gelu(inner, backend)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_gelu has no second derivative: call backward without create_graph")
-        x, weight, inner = ctx.saved_tensors
-        x_wanted, weight_wanted, bias_wanted, _ = ctx.needs_input_grad
-        grad, sums = _gelu_backward(gradients[0], inner, bias_wanted, ctx.backend)
-        return (
-            grad.mm(weight) if x_wanted else None,
-            grad.t().mm(x) if weight_wanted else None,
-            sums.to(grad.dtype) if bias_wanted else None,
-            None,
-        )
+def gelu(x: Tensor) -> Tensor:
+    """GELU by the op on a CPU, else by PyTorch."""
+    if x.is_cpu and x.dtype in checks.FLOATS and not torch.compiler.is_compiling():
+        return maskdiff_kernels.gelu(x)
+    return F.gelu(x)
 
 
 def attention(

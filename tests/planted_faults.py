@@ -90,12 +90,16 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (('dispatch.choice("gelu", x.device, backend)', "backend"),),
     ),
     (
-        "maskdiff/layers.py",
-        (*trainer("model"), "-k", "linear_gelu"),
+        "maskdiff/whole_block.py",
+        trainer("whole_block"),
         (
-            ("(gradients[0], inner, bias_wanted,", "(gradients[0], inner, True,"),
-            ('and not torch.is_autocast_enabled("cpu")', ""),
-            ("grad.t().mm(x)", "gradients[0].t().mm(x)"),
+            ("_outer(wanted.proj, grad_mid,", "_outer(wanted.proj, grad,"),
+            ("mid, normed2, statistics2, inner", "mid, normed1, statistics2, inner"),
+            ("split(x.shape[1], dim=1)", "split(x.shape[1], dim=1)[::-1]"),
+            ("return grad.t().mm(x) if wanted", "return grad.t().mm(x) if True"),
+            ("for op in OPS)", "for op in OPS[1:])"),
+            ("type(part) is kind and", "isinstance(part, kind) and"),
+            ("is kind and not hooks", "is kind"),
         ),
     ),
     (

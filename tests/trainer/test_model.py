@@ -11,10 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import maskdiff_kernels
 from maskdiff.baselines import PlainUViT
 from maskdiff.errors import UserError
-from maskdiff.layers import attention, linear_gelu
+from maskdiff.layers import attention
 from maskdiff.model import SIZES, ModelConfig, UViT, cast_products, patchify, unpatchify
 
-GELU = maskdiff_kernels.dispatch.implementations("gelu")["cpp"].module
 BATCH = 4
 LABELS = torch.tensor([[0, 1], [-1, 3], [-1, -1], [2, -1]])
 
@@ -190,50 +189,6 @@ def test_attention(width, dtype, monkeypatch):
         error, plain_error = (got.double() - exact).norm(), (theirs.double() - exact).norm()
         rounding = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps
         assert error <= factor * plain_error + rounding * exact.norm()
-
-
-@pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_gelu(dtype, frozen, monkeypatch):
-    """Errors at most three times those of PyTorch's own, plus one rounding; only gradients asked for are made."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias, upstream = (
-        torch.randn(shape, generator=generator).to(dtype) for shape in ((130, 48), (100, 48), (100,), (130, 100))
-    )
-    asked, run = [], GELU.run_backward
-    monkeypatch.setattr(GELU, "run_backward", lambda *given: (asked.append(given[2]), run(*given))[1])
-
-    def everything(name: str, exact: torch.dtype) -> list[torch.Tensor]:
-        linear = torch.nn.Linear(48, 100, dtype=exact)
-        linear.load_state_dict({"weight": weight, "bias": bias})
-        tensors = [x.to(exact, copy=True), linear.weight, linear.bias]
-        for i, tensor in enumerate(tensors):
-            tensor.requires_grad_(i not in frozen)
-        with maskdiff_kernels.using(gelu=name):
-            out = linear_gelu(tensors[0], linear)
-        wanted = [tensor for tensor in tensors if tensor.requires_grad]
-        return [out.detach(), *torch.autograd.grad(out, wanted, upstream.to(exact))]
-
-    truth, plain = everything("cpp", torch.float64), everything("reference", dtype)
-    assert asked == []
-    got = everything("cpp", dtype)
-    assert asked == [2 not in frozen] and len(got) == 4 - len(frozen)
-    for mine, peer, right in zip(got, plain, truth, strict=True):
-        assert mine.dtype == dtype and mine.shape == right.shape
-        mine, peer = ((value.double() - right).norm().item() for value in (mine, peer))
-        allowed = 3 * peer + torch.finfo(dtype).eps / 2 * right.norm().item()
-        assert mine <= allowed, f"error {mine:.2e}, allowed {allowed:.2e}"
-
-
-def test_linear_gelu_leaves_to_pytorch_what_it_does_not_take():
-    linear, x = torch.nn.Linear(8, 4), torch.randn(3, 8, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = linear_gelu(x, linear)
-    assert out.dtype == torch.bfloat16
-    out.sum().backward()
-    assert x.grad.isfinite().all()
-    with pytest.raises(RuntimeError, match="linear_gelu has no second derivative"):
-        torch.autograd.grad(linear_gelu(x, linear).sum(), x, create_graph=True)
 
 
 def test_masked_with_all_patches_is_dense():

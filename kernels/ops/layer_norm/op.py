@@ -68,7 +68,7 @@ def layer_norm(
         elif torch.is_grad_enabled():
             out, summed = _LayerNorm.apply(x, weight, bias, shift, eps)
         else:
-            out, summed, _ = _forward(x, weight, bias, shift, eps, False)
+            out, summed, _ = forward(x, weight, bias, shift, eps, False)
     return out if summed is None else (out, summed)
 
 
@@ -76,7 +76,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, eps: float):
         ctx.set_materialize_grads(False)
-        out, summed, statistics = _forward(x, weight, bias, shift, eps, True)
+        out, summed, statistics = forward(x, weight, bias, shift, eps, True)
         ctx.save_for_backward(x, weight, statistics)
         return out, summed
 
@@ -88,9 +88,7 @@ class _LayerNorm(torch.autograd.Function):
         grad_out, grad_sum = gradients
         if grad_out is None:
             grad_out = torch.zeros_like(x)
-        grad_x, grad_weight, grad_bias, grad_shift = (cpp.run_backward if unseen(x) else _layer_norm_backward)(
-            grad_out, grad_sum, x, weight, statistics
-        )
+        grad_x, grad_weight, grad_bias, grad_shift = backward(grad_out, grad_sum, x, weight, statistics)
         return grad_x, grad_weight, grad_bias, None if grad_sum is None else grad_shift, None
 
 
@@ -102,13 +100,21 @@ def _choice(x: Tensor, backend: str) -> str:
     return name
 
 
-def _forward(
+def forward(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, eps: float, keep: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Any, Any]:  # two tensors, None where they are not asked for
+    """The op by the C++, apart from autograd and its checks: see cpp.run."""
     if unseen(x):
         return cpp.run(x, weight, bias, shift, eps, keep)
     out, summed, statistics = _layer_norm(x, weight, bias, shift, eps, keep)
     return out, None if shift is None else summed, statistics
+
+
+def backward(
+    grad_out: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, statistics: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Its gradients: see cpp.run_backward."""
+    return (cpp.run_backward if unseen(x) else _layer_norm_backward)(grad_out, grad_sum, x, weight, statistics)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, eps: float) -> None:
