@@ -1,6 +1,7 @@
 """The trained state in flat buffers: fp32 masters, moments, EMA, and the parameters as views of them."""
 
 import math
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from .config import OptimConfig
 from .errors import UserError
 
 ALIGN = 16  # elements: every parameter starts on 64 bytes of fp32
+HUGE_PAGE = 2**21  # bytes; a buffer below that has none
 M = TypeVar("M", bound=nn.Module)
 PARTS = ("master", "exp_avg", "exp_avg_sq", "ema")  # and, where the configuration has one, ema2
 
@@ -54,6 +56,19 @@ class Sums:
         torch._foreach_zero_([*self.gradients, self.figures])
 
 
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A flat buffer; on a CPU in huge pages, where the system has them for the asking. Every update walks through all
+    of the buffers: in small pages looking these up takes a tenth of its time."""
+    if device.type == "cpu" and size * dtype.itemsize >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(memory, dtype=dtype)
+        except OSError:  # a kernel without them, or no memory, of which PyTorch says how much it takes
+            pass
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
 class FlatState(Generic[M]):
     """Owns everything that is trained or counted; the model's parameters become views of it.
 
@@ -89,10 +104,11 @@ class FlatState(Generic[M]):
             self.low_size = offset if low else self.low_size
         self.params = [params[name] for name in order]
         device = self.params[0].device
-        self.master, self.exp_avg, self.exp_avg_sq, self.ema = (torch.zeros(offset, device=device) for _ in PARTS)
-        self.ema2 = None if config.ema2 is None else torch.zeros_like(self.ema)
-        self.parts = PARTS if self.ema2 is None else (*PARTS, "ema2")
-        self.low = torch.zeros(self.low_size if dtype != torch.float32 else 0, dtype=dtype, device=device)
+        self.parts = PARTS if config.ema2 is None else (*PARTS, "ema2")
+        flats = [_zeros(offset, torch.float32, device) for _ in self.parts]
+        self.master, self.exp_avg, self.exp_avg_sq, self.ema = flats[:4]
+        self.ema2 = None if config.ema2 is None else flats[4]
+        self.low = _zeros(self.low_size if dtype != torch.float32 else 0, dtype, device)
         with torch.no_grad():
             for segment, param in zip(self.segments, self.params, strict=True):
                 segment.view(self.master).copy_(param)

@@ -94,7 +94,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         trainer("whole_block"),
         (
             ("_outer(wanted.proj, grad_mid,", "_outer(wanted.proj, grad,"),
-            ("mid, normed2, statistics2, inner", "mid, normed1, statistics2, inner"),
+            ("grad_inner, normed2)", "grad_inner, normed1)"),
             ("split(x.shape[1], dim=1)", "split(x.shape[1], dim=1)[::-1]"),
             ("return grad.t().mm(x) if wanted", "return grad.t().mm(x) if True"),
             ("for op in OPS)", "for op in OPS[1:])"),

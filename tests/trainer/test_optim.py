@@ -1,5 +1,9 @@
 """FlatState and adamw_ema against plain PyTorch: values, skipping, rounding, borrowing, saving."""
 
+import mmap
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -236,3 +240,30 @@ def test_a_parameter_without_gradient_is_named():
 def test_masters_need_float32_weights():
     with pytest.raises(ValueError, match="float32"):
         FlatState(Net().to(torch.bfloat16), OptimConfig())
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages for the asking")
+def test_large_buffers_ask_for_huge_pages_and_small_ones_do_not():
+    def asked(flat: torch.Tensor) -> bool:
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(found[1], 16) <= flat.data_ptr() < int(found[2], 16)
+            elif inside and line.startswith("VmFlags"):
+                return "hg" in line.split()
+        raise AssertionError("no mapping holds the buffer")
+
+    state = FlatState(nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 8)), OptimConfig(ema2=0.9), torch.bfloat16)
+    buffers = [getattr(state, part) for part in state.parts] + [state.low]
+    assert len(buffers) == 6 and all(map(asked, buffers))
+    assert not state.exp_avg.any() and state.exp_avg.is_contiguous()
+    assert not asked(FlatState(nn.Linear(4, 4), OptimConfig()).master)
+
+
+def test_buffers_without_huge_pages(monkeypatch):
+    def refused(*_, **__):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(optim.mmap, "mmap", refused)
+    state = FlatState(nn.Linear(1024, 1024), OptimConfig())
+    assert torch.equal(state.master[:1024], state.params[0].flatten()[:1024]) and not state.exp_avg.any()
