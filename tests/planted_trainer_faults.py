@@ -328,7 +328,11 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     (
         "maskdiff/study/transfer_report.py",
         trainer("report"),
-        (("verdict.decide(_ends(pair.scratch())", "verdict.decide(_ends(pair.short())"),),
+        (
+            ("study.title, pair.scratch()) for pair", "study.title, pair.short()) for pair"),
+            ("_tuned(pair, key), measure, SCRATCH, beside)", "_tuned(pair, key), measure, SCRATCH)"),
+            ("LOSS, pair.scratch())", "LOSS, pair.short())"),
+        ),
     ),
     (
         "maskdiff/packing/labels.py",

@@ -7,6 +7,7 @@ from .drawing import DASHES, DISTINCT, INK, Figure, Key
 from .results import Group, Study
 from .verdict import Interval, Verdict
 
+LOSS, SCRATCH = "held-out loss on whole images", "training from scratch"
 CURVES = "Bands: 95% intervals over seeds. Curves of pre-trained models begin where their pre-training ends."
 
 
@@ -56,33 +57,55 @@ def label(group: Group) -> str:
 
 
 def said(study: Study) -> tuple[dict[str, Verdict], list[str]]:
-    """A verdict for each target and share, and the sentences: a headline first."""
-    found, sentences = {}, []
-    for pair in pairs(study):
-        values = {label(one): each for one in pair.tuned() if (each := one.by_seed("frechet"))}
-        one = verdict.decide(_ends(pair.scratch()), values, study.title, "training from scratch")
-        found[pair.says] = one
+    """A verdict for each target and share, by both measures, and the sentences: a headline first."""
+    cases = pairs(study)
+    found = {pair.says: decided(cases, pair, "frechet", study.title, pair.scratch()) for pair in cases}
+    losses = {pair.says: decided(cases, pair, "heldout_loss", LOSS, pair.scratch()) for pair in cases}
+    sentences = []
+    for pair in cases:
+        one, loss = found[pair.says], losses[pair.says]
         sentences.append(f"{pair.says}: {_short(one, study.title)}")
-        free = verdict.decide(_ends(pair.short()), values, study.title, "training from scratch")
+        free = decided(cases, pair, "frechet", study.title, pair.short())
         if free.best is not None:
             sentences[-1] += f" Against from scratch in the fine-tuning's time alone: {_sure(free)}."
-    helped = sum(one.outcome == "better" for one in found.values())
-    open_ones = sum(one.outcome == "open" for one in found.values())
+        if loss.best is not None:
+            best = "" if loss.best == one.best else f" of {loss.best}"
+            sentences[-1] += f" The held-out loss{best}: {_sure(loss)}."
     headline = (
-        f"Pre-training on another set is told apart as better than training from scratch, at equal time, in {helped} "
-        f"of {len(found)} cases (a target set and a share of its images each)."
+        f"Pre-training on another set is told apart as better than training from scratch, at equal time, in "
+        f"{_count(found, 'better')} of {len(found)} cases (a target set and a share of its images each) by the "
+        f"Frechet distance, in {_count(losses, 'better')} by the held-out loss."
     )
-    if open_ones == len(found):
+    if _count(found, "open") == len(found):
         headline = "No verdict: seeds are too few, or cells not finished, to tell any difference from chance."
     method = (
-        "How sure: seeds are blocks (cells of a seed share the order of images and the noise), 95% intervals, widened "
-        "by Šidák's correction where a case has several."
+        "How sure: seeds are blocks (cells of a seed share the order of images and the noise), residuals are pooled "
+        "over the cases, 95% intervals, widened by Šidák's correction where a case has several."
     )
-    return found, [headline, *sentences, method]
+    verdicts = found | {f"{case}: {LOSS}": one for case, one in losses.items()}
+    return verdicts, [headline, *sentences, method]
 
 
-def _ends(group: Group | None) -> dict[int, float]:
-    return {} if group is None else group.by_seed("frechet")
+def decided(cases: list[Pair], pair: Pair, key: str, measure: str, base: Group | None) -> Verdict:
+    """What is pre-trained against `base` in one of the cases; all cases say how far seeds spread."""
+    beside = [layout for other in cases if other is not pair and (layout := _layout(other, key)) is not None]
+    return verdict.decide(_ends(base, key), _tuned(pair, key), measure, SCRATCH, beside)
+
+
+def _layout(pair: Pair, key: str) -> verdict.Layout | None:
+    return verdict.Layout.of({**_tuned(pair, key), "": _ends(pair.scratch(), key)})
+
+
+def _count(verdicts: dict[str, Verdict], outcome: str) -> int:
+    return sum(one.outcome == outcome for one in verdicts.values())
+
+
+def _tuned(pair: Pair, key: str = "frechet") -> dict[str, verdict.Values]:
+    return {label(one): each for one in pair.tuned() if (each := one.by_seed(key))}
+
+
+def _ends(group: Group | None, key: str = "frechet") -> verdict.Values:
+    return {} if group is None else group.by_seed(key)
 
 
 def _short(one: Verdict, measure: str) -> str:
@@ -119,9 +142,11 @@ def keys(groups: list[Group]) -> dict[str, Key]:
 def gaps(study: Study) -> dict[str, Interval]:
     """Each group's difference from training from scratch on the same images."""
     found: dict[str, Interval] = {}
-    for pair in pairs(study):
-        if base := _ends(pair.scratch()):
-            found |= verdict.compare(base, results.each_of(pair.tuned(), "frechet"))
+    cases = pairs(study)
+    for pair in cases:
+        names = {label(one): one.name for one in pair.tuned()}
+        differences = decided(cases, pair, "frechet", study.title, pair.scratch()).differences
+        found |= {names[one]: gap for one, gap in differences.items()}
     return found
 
 

@@ -76,6 +76,12 @@ class Layout:
         freedom = (len(rows) - 1) * (len(seeds) - 1)
         return cls(seeds, squares / freedom, freedom)
 
+    def pooled(self, others: "Sequence[Layout]") -> "Layout":
+        """The same with the residuals of other layouts, in which seeds spread alike, taken into the variance."""
+        layouts = [self, *others]
+        freedom = sum(one.freedom for one in layouts)
+        return Layout(self.seeds, sum(one.variance * one.freedom for one in layouts) / freedom, freedom)
+
     def difference(self, values: Values, others: Values, tails: float) -> Interval:
         """The interval of mean(values) - mean(others); `tails` is the probability that it leaves out, both ends."""
         mean = statistics.fmean(values[seed] - others[seed] for seed in self.seeds)
@@ -83,10 +89,12 @@ class Layout:
         return Interval(mean, mean - half, mean + half)
 
 
-def compare(baseline: Values, groups: Mapping[str, Values]) -> dict[str, Interval]:
+def compare(baseline: Values, groups: Mapping[str, Values], beside: Sequence[Layout] = ()) -> dict[str, Interval]:
     """Each group's difference from the baseline; all intervals hold together at LEVEL (Šidák 1967, with Dunnett's
-    pooled variance in a two-way layout). Two groups alone: Student's paired t. A group of one seed has no ends."""
+    pooled variance in a two-way layout). Two groups alone: Student's paired t. A group of one seed has no ends.
+    `beside`: layouts of other comparisons whose residuals are pooled with these."""
     layout = Layout.of({**groups, "": baseline})
+    layout = layout and layout.pooled(beside)
     tails = _shared(sum(len(values) > 1 for values in groups.values()))
     found = {}
     for name, values in groups.items():
@@ -126,15 +134,17 @@ def decide(
     groups: Mapping[str, Values],  # the same of every group that is compared; none empty
     measure: str,  # how the sentence names the value: "Frechet distance (builtin)"
     name: str = "dense training",  # how it names the baseline
+    beside: Sequence[Layout] = (),  # see `compare`
 ) -> Verdict:
     """The verdict after equal training time."""
     if not groups or not baseline:
         missing = name if not baseline else "a masked run"
         sentence = f"No verdict yet: {missing} has not finished with any seed."
         return Verdict("open", None, {}, [], [], "", sentence)
-    gaps = compare(baseline, groups)
+    gaps = compare(baseline, groups, beside)
     told = {key: gap for key, gap in gaps.items() if gap.low is not None}
     layout = Layout.of({**groups, "": baseline})
+    layout = layout and layout.pooled(beside)
     method = METHOD.format(count=len(told), freedom=layout.freedom, name=name) if told and layout else ""
     best = min(gaps, key=lambda key: gaps[key].mean)
     base = _mean(baseline)
@@ -178,9 +188,9 @@ def decide(
 
 
 def number(value: float) -> str:
-    """Three digits that count, and never fewer than are before the point: 171, 17.1, 0.0171."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
+    """Three digits that count, and to a million never fewer than are before the point: 171, 17.1, 0.0171, 1.23e+07."""
+    if value == 0 or not math.isfinite(value) or abs(value) >= 1e6:
+        return f"{value:.3g}"
     return f"{value:.{min(6, max(0, 2 - math.floor(math.log10(abs(value)))))}f}"
 
 

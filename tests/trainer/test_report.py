@@ -2,6 +2,7 @@
 
 import csv
 import json
+import statistics
 
 import browser
 import pytest
@@ -103,13 +104,23 @@ def test_a_study_that_has_hardly_begun(tmp_path, left):
 
 def test_transfer_says_where_it_pays(transfer):
     found = json.loads(transfer[1][3].read_text())
-    outcomes = {key: one["outcome"] for key, one in found["verdicts"].items()}
-    assert outcomes == {
+    verdicts = {key: one for key, one in found["verdicts"].items() if "loss" not in key}
+    assert {key: one["outcome"] for key, one in verdicts.items()} == {
         f"{target}, {share}% of the images": "none" if share == "100" else "better"
         for target in ("noto", "twemoji")
         for share in ("100", "10", "1")
     }
+    assert all("12 degrees of freedom" in one["method"] for one in found["verdicts"].values())  # 2 of each of 6 cases
+    ends = {one["name"]: one["final"]["heldout_loss"] for one in found["groups"]}
+    for case in verdicts:
+        target, share = case.split(", ")
+        (gap,) = found["verdicts"][f"{case}: held-out loss on whole images"]["differences"].values()
+        of = f"{share.split()[0]} of {target}"
+        (source,) = {"noto", "twemoji"} - {target}
+        known = statistics.fmean(ends[f"pre-trained on {source}, {of}"]) - statistics.fmean(ends[f"from scratch, {of}"])
+        assert gap["mean"] == pytest.approx(known)
     assert "in 4 of 6 cases" in found["sentences"][0] and len(found["sentences"]) == 8
+    assert all("The held-out loss" in sentence for sentence in found["sentences"][1:7])
     assert all("the fine-tuning's time alone" in sentence for sentence in found["sentences"][1:7])
     lines = list(csv.DictReader(transfer[1][2].open()))
     assert {(line["source"], line["target"], line["share"]) for line in lines} >= {("noto", "twemoji", "0.01")}

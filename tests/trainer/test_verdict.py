@@ -48,6 +48,21 @@ def test_intervals_of_several_groups_are_those_of_a_linear_model():
     assert (found.mean, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), rel=1e-9)
 
 
+def test_residuals_of_other_comparisons_are_pooled():
+    """Three cases of two groups, of two, three and two seeds: four degrees of freedom."""
+    generator = np.random.default_rng(2)
+    cases = [generator.normal(size=(2, seeds)) + 10 * case for case, seeds in enumerate((2, 3, 2))]
+    squares = sum(((one - other - (one - other).mean()) ** 2).sum() / 2 for one, other in cases)
+    base, values = cases[0]
+    mean = (values - base).mean()
+    half = stats.t.ppf(0.975, 4) * (2 * squares / 4 / 2) ** 0.5
+    layouts = [verdict.Layout.of({"": seeded(*one), "a": seeded(*other)}) for one, other in cases[1:]]
+    found = verdict.compare(seeded(*base), {"a": seeded(*values)}, layouts)["a"]
+    assert (found.mean, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), rel=1e-9)
+    told = verdict.decide(seeded(*base), {"a": seeded(*values)}, "distance", beside=layouts)
+    assert told.differences["a"] == found and "4 degrees of freedom" in told.method
+
+
 def test_seeds_that_one_group_lacks_are_left_out():
     groups = {"a": {0: 1.0, 1: 2.0, 2: 9.0}, "b": {0: 3.0, 2: 4.5}, "c": {7: 5.0}}
     found = verdict.compare({0: 0.0, 1: 100.0, 2: 0.5}, groups)
@@ -119,6 +134,6 @@ def test_too_few_seeds_are_no_verdict():
 
 
 def test_numbers_keep_three_digits():
-    assert [verdict.number(value) for value in (171.04, 17.1, 1.71, 0.01714, 0.0, 1234.5)] == [
-        *("171", "17.1", "1.71", "0.0171", "0", "1234"),
+    assert [verdict.number(value) for value in (171.04, 17.1, 1.71, 0.01714, 0.0, 1234.5, 999999.4, 12331321801.0)] == [
+        *("171", "17.1", "1.71", "0.0171", "0", "1234", "999999", "1.23e+10"),
     ]
