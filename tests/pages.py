@@ -160,12 +160,13 @@ def _tree(value: Any) -> Any:
 
 # ---- studies
 
+LOSS = "held-out loss on whole images"  # as a report names it
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 def results() -> str:
     """The tables of docs/results.md, from the reports of the studies that stand in benchmarks/results/."""
-    return _rates("rates-noto-emoji")
+    return "\n\n".join([_rates("rates-noto-emoji"), _transfer("transfer-emoji")])
 
 
 def _report(name: str) -> dict[str, Any]:
@@ -195,6 +196,28 @@ def _rates(name: str) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "### Mask rates\n\n" + "\n".join(lines)
+
+
+def _transfer(name: str) -> str:
+    told = _report(name)
+    base = {(group["target"], group["share"]): group for group in told["groups"] if group["baseline"]}
+    head = (
+        "target, share of its images",
+        "from scratch: Frechet distance of each seed",
+        "pre-trained on the other set",
+    )
+    head += ("difference, 95 %", "held-out loss: from scratch", "pre-trained", "difference, 95 %")
+    lines = [*map(_quoted, told["sentences"]), f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for tuned in [group for group in told["groups"] if group["source"] is not None]:
+        case = f"{tuned['target']}, {100 * tuned['share']:g}% of the images"
+        cells = [case.removesuffix(" of the images")]
+        for key, form, verdict in (("frechet", ",.0f", case), ("heldout_loss", ".4f", f"{case}: {LOSS}")):
+            for group in (base[tuned["target"], tuned["share"]], tuned):
+                cells.append(", ".join(f"{value:{form}}" for value in group["final"][key]))
+            gaps = told["verdicts"][verdict]["differences"]
+            cells.append(_gap(gaps.get(f"pre-trained on {tuned['source']}"), form))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "### Pre-training on another set\n\n" + "\n".join(lines)
 
 
 def _quoted(sentence: str) -> str:

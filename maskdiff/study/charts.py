@@ -19,11 +19,11 @@ def curves(
     height: int = 300,
     keys: Sequence[Key] | None = None,
 ) -> Figure | None:
-    """A value along the way of each group, its interval over seeds as a band. None where nothing was measured."""
+    """A value along the way of each group, its interval over seeds as a band. None where it was measured but once."""
     assert axis in AXES
     alt = altair()
     points = [(group, point) for group in groups for point in group.points() if value in point.values]
-    if not points:
+    if len(points) == len({group.name for group, _ in points}):
         return None
     keys = keys or keys_of(groups)
     unit, size = unit_of(max(point.seconds for _, point in points)) if axis == "seconds" else ("", 1.0)
@@ -48,7 +48,7 @@ def curves(
         "x:Q",
         title=f"training time, {unit}" if unit else AXIS_TITLES[axis],
         scale=alt.Scale(zero=True, nice=False),
-        axis=alt.Axis(grid=False, tickCount=5, format="~s" if axis != "seconds" else ""),
+        axis=alt.Axis(grid=False, tickCount=5, format="~s" if axis != "seconds" else "~f"),
     )
     y_scale = alt.Scale(type="log" if log else "linear", domain=[least, most], nice=False, clamp=True)
     y = alt.Y("y:Q", title=says, scale=y_scale, axis=alt.Axis(tickCount=5))

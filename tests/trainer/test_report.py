@@ -2,15 +2,17 @@
 
 import csv
 import json
+import re
 import statistics
 
 import browser
 import pytest
 import study_folders
+import vl_convert
 from PIL import Image
 
 from maskdiff.errors import UserError
-from maskdiff.study import drawing, report, results
+from maskdiff.study import charts, drawing, report, results
 
 NEEDS_BROWSER = pytest.mark.skipif(browser.found() is None, reason="no Chromium here")
 
@@ -155,3 +157,15 @@ def test_what_is_no_study(tmp_path):
     (folder / "cells" / "dense.seed0.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         report.write(folder)
+
+
+def test_a_value_measured_once_has_no_curve(transfer, monkeypatch):
+    groups = results.read(transfer[0]).groups
+    monkeypatch.setattr(charts, "unit_of", lambda _: ("s", 1.0))
+    curve = charts.curves("loss", "title", groups, "heldout_loss", "held-out loss")
+    assert curve is not None
+    times = re.findall(">([^<>]+)</text>", vl_convert.vegalite_to_svg(curve.spec()))
+    assert "training time, s" in " ".join(times) and not any("e+" in text for text in times)
+    points = results.Group.points
+    monkeypatch.setattr(results.Group, "points", lambda group: points(group)[-1:])
+    assert charts.curves("loss", "title", groups, "heldout_loss", "held-out loss") is None
