@@ -17,9 +17,8 @@ from maskdiff_kernels.ops.layer_norm import op as layer_norm
 OPS = ("attention", "gelu", "layer_norm")
 _attention, _attention_backward = torch.ops.maskdiff.attention.default, torch.ops.maskdiff.attention_backward.default
 _gelu, _gelu_backward = torch.ops.maskdiff.gelu.default, torch.ops.maskdiff.gelu_backward.default
-_pointwise = getattr(
-    torch.ops.mkldnn, "_linear_pointwise", None
-)  # oneDNN's product that adds a bias, where it is built in
+# oneDNN's product that adds a bias, where it is built in
+_pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class Weights(NamedTuple):
@@ -47,17 +46,19 @@ def takes(block: Any, x: Tensor) -> bool:
     if not (x.is_cpu and torch.is_grad_enabled() and x.dtype in checks.FLOATS) or torch.compiler.is_compiling():
         return False
     products = (block.qkv, block.proj, block.fc1, block.fc2, *([] if block.skip is None else [block.skip]))
+    norms = (block.norm1, block.norm2)
     return (
         x.shape[1] // block.heads in maskdiff_kernels.ATTENTION_WIDTHS
         and all(_is_plain(part, nn.Linear, x.dtype) for part in products)
-        and all(_is_plain(part, nn.LayerNorm, torch.float32) for part in (block.norm1, block.norm2))
+        and all(_is_plain(part, nn.LayerNorm, torch.float32) for part in norms)
+        and all(part.bias is not None for part in (*products[1:], *norms))
         and all(dispatch.choice(op, x.device) == "cpp" for op in OPS)
     )
 
 
 def _is_plain(part: Any, kind: type[nn.Module], dtype: torch.dtype) -> bool:
     hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    return type(part) is kind and not hooks and part.weight.dtype == dtype
+    return type(part) is kind and not hooks and part.weight is not None and part.weight.dtype == dtype
 
 
 def run(
