@@ -305,6 +305,7 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("if gap.told_apart and gap.mean < 0}", "if gap.mean < 0}"),
             ("gap.low is not None and gap.low > 0 for gap in gaps", "gap.mean > 0 for gap in gaps"),
             ("- block + whole) ** 2", ") ** 2"),
+            ("one.variance * one.freedom", "one.variance"),
         ),
     ),
     (
