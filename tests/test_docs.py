@@ -40,6 +40,7 @@ PLANNED = (
     "celeba64-course",
     "small-to-celebahq64",
     "rates-noto-emoji",
+    "transfer-emoji",
 )  # studies: their cells are as those of others
 TINY |= {"sweep": STUDY, "transfer": STUDY, "evaluate": "--count 8 --steps 2"}
 
@@ -53,7 +54,7 @@ NOT_RUN = {
 }
 PLACEHOLDERS = {"SOURCE": "photos", "OUT": "packed/of-page", "RUN": "runs/first", "[options]": ""}
 PLACEHOLDERS |= {"inception-2015-12-05.pt": "stand-in.pt", "squeezenet-features.pt": "builtin"}
-PLACEHOLDERS |= {"noto-emoji-128.zip": "photos.tar"}
+PLACEHOLDERS |= {"noto-emoji-128.zip": "photos.tar", "emojitwo-128.zip": "faces:100"}
 
 
 @dataclass(frozen=True)
