@@ -33,6 +33,7 @@ CONFIG: dict[str, Any] = {
         "labelOverlap": True,
     },
     "legend": {
+        "labelLimit": 400,
         "orient": "bottom",
         "columns": 4,
         "title": None,
