@@ -265,6 +265,8 @@ def with_ends(values: Sequence[float]) -> str:
     half = 0.0 if here.high is None else here.high - here.mean
     if half == 0:
         return number(here.mean)
+    if abs(here.mean) >= 1e6:
+        return f"{number(here.mean)} ± {number(half)}"
     places = min(6, max(0, 1 - math.floor(math.log10(half))))
     return f"{here.mean:.{places}f} ± {half:.{places}f}"
 

@@ -12,7 +12,7 @@ import vl_convert
 from PIL import Image
 
 from maskdiff.errors import UserError
-from maskdiff.study import charts, drawing, report, results
+from maskdiff.study import charts, drawing, page, report, results
 
 NEEDS_BROWSER = pytest.mark.skipif(browser.found() is None, reason="no Chromium here")
 
@@ -169,3 +169,10 @@ def test_a_value_measured_once_has_no_curve(transfer, monkeypatch):
     points = results.Group.points
     monkeypatch.setattr(results.Group, "points", lambda group: points(group)[-1:])
     assert charts.curves("loss", "title", groups, "heldout_loss", "held-out loss") is None
+
+
+def test_means_with_their_intervals_are_short():
+    """Student's t of two values, one degree of freedom: 12.71 times half of their distance."""
+    assert page.with_ends([170.0, 172.0]) == "171 ± 13"
+    assert page.with_ends([1.0e10, 1.2e10]) == "1.1e+10 ± 1.27e+10"
+    assert page.with_ends([0.25]) == "0.250" and page.with_ends([]) == "–"
