@@ -20,6 +20,7 @@ from typing import Any, get_type_hints
 from maskdiff import options
 from maskdiff.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, describe
 from maskdiff.stages import Stage
+from maskdiff.study.transfer_report import LOSS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- pages.py begins -->", "<!-- pages.py ends -->"
@@ -160,7 +161,6 @@ def _tree(value: Any) -> Any:
 
 # ---- studies
 
-LOSS = "held-out loss on whole images"  # as a report names it
 STUDIES = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
@@ -201,11 +201,7 @@ def _rates(name: str) -> str:
 def _transfer(name: str) -> str:
     told = _report(name)
     base = {(group["target"], group["share"]): group for group in told["groups"] if group["baseline"]}
-    head = (
-        "target, share of its images",
-        "from scratch: Frechet distance of each seed",
-        "pre-trained on the other set",
-    )
+    head = ("target, share of its images", "from scratch: Frechet distance of each seed", "pre-trained")
     head += ("difference, 95 %", "held-out loss: from scratch", "pre-trained", "difference, 95 %")
     lines = [*map(_quoted, told["sentences"]), f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for tuned in [group for group in told["groups"] if group["source"] is not None]:

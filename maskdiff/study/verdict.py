@@ -93,8 +93,7 @@ def compare(baseline: Values, groups: Mapping[str, Values], beside: Sequence[Lay
     """Each group's difference from the baseline; all intervals hold together at LEVEL (Šidák 1967, with Dunnett's
     pooled variance in a two-way layout). Two groups alone: Student's paired t. A group of one seed has no ends.
     `beside`: layouts of other comparisons whose residuals are pooled with these."""
-    layout = Layout.of({**groups, "": baseline})
-    layout = layout and layout.pooled(beside)
+    layout = _layout(baseline, groups, beside)
     tails = _shared(sum(len(values) > 1 for values in groups.values()))
     found = {}
     for name, values in groups.items():
@@ -105,6 +104,11 @@ def compare(baseline: Values, groups: Mapping[str, Values], beside: Sequence[Lay
             pairs = [(values[seed], baseline[seed]) for seed in both] or [(_mean(values), _mean(baseline))]
             found[name] = Interval(statistics.fmean(one - other for one, other in pairs), None, None)
     return found
+
+
+def _layout(baseline: Values, groups: Mapping[str, Values], beside: Sequence[Layout]) -> Layout | None:
+    layout = Layout.of({**groups, "": baseline})
+    return layout and layout.pooled(beside)
 
 
 def near_best(groups: Mapping[str, Values]) -> list[str]:
@@ -143,8 +147,7 @@ def decide(
         return Verdict("open", None, {}, [], [], "", sentence)
     gaps = compare(baseline, groups, beside)
     told = {key: gap for key, gap in gaps.items() if gap.low is not None}
-    layout = Layout.of({**groups, "": baseline})
-    layout = layout and layout.pooled(beside)
+    layout = _layout(baseline, groups, beside)
     method = METHOD.format(count=len(told), freedom=layout.freedom, name=name) if told and layout else ""
     best = min(gaps, key=lambda key: gaps[key].mean)
     base = _mean(baseline)

@@ -1,6 +1,5 @@
 """FlatState and adamw_ema against plain PyTorch: values, skipping, rounding, borrowing, saving."""
 
-import mmap
 import re
 from pathlib import Path
 
@@ -242,7 +241,9 @@ def test_masters_need_float32_weights():
         FlatState(Net().to(torch.bfloat16), OptimConfig())
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages for the asking")
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages for the asking"
+)
 def test_large_buffers_ask_for_huge_pages_and_small_ones_do_not():
     def asked(flat: torch.Tensor) -> bool:
         inside = False

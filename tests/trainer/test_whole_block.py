@@ -143,11 +143,6 @@ def hooked(model: UViT) -> None:
     model.blocks[1].qkv.register_forward_hook(lambda *_: None)
 
 
-def without_bias(model: UViT) -> None:
-    model.blocks[1].norm1 = torch.nn.LayerNorm(CONFIG.width, elementwise_affine=False)
-    model.blocks[1].norm2 = torch.nn.LayerNorm(CONFIG.width, bias=False)
-
-
 @pytest.mark.parametrize("change", [replaced, hooked])
 def test_a_block_that_is_not_plain_is_left_to_its_parts(change, made):
     model = model_in(torch.float32)
@@ -159,7 +154,8 @@ def test_a_block_that_is_not_plain_is_left_to_its_parts(change, made):
 def test_norms_that_have_no_weight_or_bias_are_not_taken():
     model = model_in(torch.float32)
     x = torch.zeros(5, CONFIG.width)
-    without_bias(model)
+    model.blocks[1].norm1 = torch.nn.LayerNorm(CONFIG.width, elementwise_affine=False)
+    model.blocks[1].norm2 = torch.nn.LayerNorm(CONFIG.width, bias=False)
     assert [whole_block.takes(block, x) for block in model.blocks] == [True, False, True, True, True]
     model.blocks[1].norm1 = torch.nn.LayerNorm(CONFIG.width)
     assert not whole_block.takes(model.blocks[1], x)
