@@ -17,8 +17,10 @@ from maskdiff_kernels.ops.layer_norm import op as layer_norm
 OPS = ("attention", "gelu", "layer_norm")
 _attention, _attention_backward = torch.ops.maskdiff.attention.default, torch.ops.maskdiff.attention_backward.default
 _gelu, _gelu_backward = torch.ops.maskdiff.gelu.default, torch.ops.maskdiff.gelu_backward.default
-# oneDNN's product that adds a bias, where it is built in
+# oneDNN's product that adds a bias, where it is built in and the processor has what it needs for bf16
 _pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+if not getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)():
+    _pointwise = None
 
 
 class Weights(NamedTuple):
