@@ -4,6 +4,7 @@ The products and ops are those of Block.forward, in the same order and with the 
 Python's and autograd's account of some forty parts a block, which takes longer there than the smaller parts themselves.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,6 @@ from maskdiff_kernels.ops.layer_norm import op as layer_norm
 OPS = ("attention", "gelu", "layer_norm")
 _attention, _attention_backward = torch.ops.maskdiff.attention.default, torch.ops.maskdiff.attention_backward.default
 _gelu, _gelu_backward = torch.ops.maskdiff.gelu.default, torch.ops.maskdiff.gelu_backward.default
-# oneDNN's product that adds a bias, where it is built in and the processor has what it needs for bf16
-_pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-if not getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)():
-    _pointwise = None
 
 
 class Weights(NamedTuple):
@@ -139,11 +136,30 @@ class _Block(torch.autograd.Function):
         return grad_x, grad_skip, None, None, None, None, *of_weights
 
 
+@functools.cache
+def _adds_bias_itself() -> bool:
+    """Whether oneDNN's product that adds a bias is there and runs in bf16: some processors lack what it needs."""
+    one = torch.ones(1, 1, dtype=torch.bfloat16, device="cpu")
+    try:
+        _pointwise(one, one, one[0])
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def _pointwise(
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor,  # [N]
+) -> Tensor:  # [T, N]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return x.mm(weight.t())
-    if x.dtype == torch.bfloat16 and _pointwise is not None:
-        return _pointwise(x, weight, bias, "none", [], "")  # addmm copies the bias to every row first, 5 to 8 %
+    if x.dtype == torch.bfloat16 and _adds_bias_itself():
+        return _pointwise(x, weight, bias)  # addmm copies the bias to every row first, 5 to 8 %
     return torch.addmm(bias, x, weight.t())
 
 

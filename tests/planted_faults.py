@@ -100,6 +100,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("for op in OPS)", "for op in OPS[1:])"),
             ("type(part) is kind and", "isinstance(part, kind) and"),
             ("is kind and not hooks", "is kind"),
+            ("except (AttributeError, RuntimeError)", "except AttributeError"),
         ),
     ),
     (

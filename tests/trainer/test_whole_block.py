@@ -74,6 +74,24 @@ def in_double(value):
     return value.double() if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
 
 
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError])
+def test_without_the_product_that_adds_a_bias(error, monkeypatch):
+    """Where PyTorch has none, or the processor not what it needs for bf16: addmm, the same bits."""
+
+    def refused(*_):
+        raise error("could not create a primitive descriptor")
+
+    model = model_in(torch.bfloat16)
+    expected = gradients(model, DENSE)
+    monkeypatch.setattr(whole_block, "_pointwise", refused)
+    whole_block._adds_bias_itself.cache_clear()
+    try:
+        got = gradients(model, DENSE)
+    finally:
+        whole_block._adds_bias_itself.cache_clear()
+    assert all(torch.equal(value, expected[name]) for name, value in got.items())
+
+
 @pytest.mark.parametrize("name", [name for name, _ in UViT(CONFIG).named_parameters() if name.startswith("blocks.4.")])
 def test_a_frozen_parameter_gets_no_gradient_and_the_others_theirs(name, monkeypatch):
     model = model_in(torch.bfloat16)
