@@ -22,7 +22,7 @@ import torch
 
 import maskdiff_kernels as mk
 from maskdiff import bench, measure, precision, presets, report
-from maskdiff.bench import FUSED, OURS, OWN, Bench
+from maskdiff.bench import FUSED, OURS, OVERLAP, OWN, Bench
 from maskdiff.config import Config
 from maskdiff.model import SIZES, ModelConfig
 from maskdiff_kernels import dispatch
@@ -74,11 +74,12 @@ def base256() -> Config:
 def cases(device: torch.device) -> list[Case]:
     """All rows, in the order in which they are worth having: ours and the strong step first, what compiles last."""
     if device.type == "cpu":
-        names = (OWN, OURS, NO_SYNC, "strong", "published", "compiled", FUSED)
+        names = (OWN, OURS, NO_SYNC, OVERLAP, "strong", "published", "compiled", FUSED)
         return [Case("tiny", 4, mask, name) for name in names for mask in ("dense", "patch:0.5")]
     main, base, small, few = ("celeba64", 256), ("celebahq256", 32), ("celeba64", 64), ("celeba64", 16)
     order = (
         ((main, base), (OWN, "strong", FUSED, NO_SYNC)),
+        ((main, small), (OVERLAP,)),  # the base model's stages have a clip
         ((main,), ("compiled", "published")),
         ((main, base), (OURS,)),
         ((small, few), (OWN, "strong", FUSED)),
@@ -131,10 +132,13 @@ class Runner:
     def run(self, case: Case) -> None:
         """Measures a row and writes it down, or why there is none."""
         try:
-            stand = Bench(self.known[case.model], case.batch, self.device, self.dtype)
+            config = self.known[case.model]
+            if case.name == OVERLAP:
+                config = replace(config, optim=replace(config.optim, overlap=True))
+            stand = Bench(config, case.batch, self.device, self.dtype)
             if case.name == FUSED:
                 stand.state.model.compile_blocks()
-            with mk.using(**(own_kernels(stand, case.mask) if case.name in (OWN, FUSED, NO_SYNC) else {})):
+            with mk.using(**(own_kernels(stand, case.mask) if case.name not in (OURS, *bench.BASELINES) else {})):
                 row = self.waits(stand, case) if case.name == NO_SYNC else self.measured(stand, case)
         except Exception as error:  # noqa: BLE001  whatever a contestant raises is its row
             peer = case.name in bench.BASELINES
@@ -218,7 +222,7 @@ def results(kept: records.Records, known: dict[str, Config]) -> list[dict[str, A
     for row in kept.current():
         if row["ms"]:
             groups.setdefault((row["shape"]["model"], row["shape"]["batch"]), []).append(row)
-    order = [OWN, FUSED, OURS, *bench.BASELINES]
+    order = [OWN, OVERLAP, FUSED, OURS, *bench.BASELINES]
     found = []
     for (name, batch), rows in groups.items():
         rows.sort(key=lambda row: (row["rate"], order.index(row["implementation"])))

@@ -26,6 +26,7 @@ BASELINES = ("strong", "compiled", "published")
 OURS = "maskdiff"
 OWN = "maskdiff-own"  # our step by own kernels wherever there are some; benchmarks/gpu_step.py
 FUSED = "maskdiff-fused"  # the same with blocks fused by torch.compile
+OVERLAP = "maskdiff-overlap"  # the same as OWN with each block updated during the backward pass
 Row = dict[str, Any]
 Progress = Callable[[str], None]
 

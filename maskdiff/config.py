@@ -38,6 +38,8 @@ class OptimConfig:
     """the same of a second average; none: there is one alone"""
     optimizer: Literal["auto", "cpp", "cuda", "torch", "apex", "reference"] = "auto"
     """what computes the update"""
+    overlap: bool = False
+    """updates each block as soon as the backward pass has left its gradients, on a GPU beside it; takes no clip"""
 
     def averages(self) -> list[float | PowerEma]:
         """The decay of `ema` and, where there is one, of `ema2`. Raises UserError for what is none."""
@@ -371,6 +373,11 @@ def _check_stage(number: int, stage: Stage, config: Config) -> None:
     ):
         if not good:
             raise UserError(f"{key}.{name} is {getattr(stage, name)}; give {takes}")
+    if config.optim.overlap and stage.clip is not None:
+        raise UserError(
+            f"{key}.clip is {stage.clip}, which takes the norm of all gradients, and optim.overlap updates blocks "
+            "before all of them are there; give one of the two"
+        )
     if stage.cool and stage.decay == "cosine":
         raise UserError(f"{key} has decay cosine and cool {stage.cool}; give one of the two")
     extras = 2 if config.data.labels or config.model.classes else 1  # time token, label token

@@ -2,11 +2,12 @@
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Generic, TypeVar
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,17 @@ def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros(size, dtype=dtype, device=device)
 
 
+def _blocks(model: nn.Module) -> dict[str, int]:
+    """The number of the block that a parameter belongs to, by its name: blocks are what module lists hold."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = [(f"{name}.{number}", block) for name, module in lists for number, block in enumerate(module)]
+    numbers: dict[str, int] = {}
+    for number, (prefix, block) in enumerate(blocks):
+        for name, _ in block.named_parameters(prefix):
+            numbers.setdefault(name, number)  # the outer one's, where lists lie in each other
+    return numbers
+
+
 class FlatState(Generic[M]):
     """Owns everything that is trained or counted; the model's parameters become views of it.
 
@@ -76,6 +88,9 @@ class FlatState(Generic[M]):
     biases of matrix products are views of `low` [low_size] in that dtype, rounded from the masters after each update,
     and all others are views of the masters; in float32 every parameter is a view of its master. Gradients stay
     autograd's own.
+
+    `adams` are what an update goes through: one AdamState of all buffers; or, to overlap the update with the backward
+    pass, one for each block's matrix products, slices of the buffers, and one for the rest.
 
     Build it from float32 weights, on the device where the model lies. Raises ValueError for other dtypes.
     """
@@ -92,8 +107,9 @@ class FlatState(Generic[M]):
             if isinstance(module, nn.Linear)
             for name, _ in module.named_parameters(recurse=False)
         }
-        # Matrices first, then their biases, then the rest: the decayed and the low-precision part are prefixes.
-        order = sorted(params, key=lambda name: (name not in matmul, params[name].dim() < 2))
+        # Matrix products first, block by block: the low-precision part is a prefix, a block's share of it a slice.
+        blocks = _blocks(model)
+        order = sorted(params, key=lambda n: (n not in matmul, blocks.get(n, len(params)), params[n].dim() < 2))
         self.segments: list[Segment] = []
         offset = self.low_size = 0
         for name in order:
@@ -112,26 +128,20 @@ class FlatState(Generic[M]):
         with torch.no_grad():
             for segment, param in zip(self.segments, self.params, strict=True):
                 segment.view(self.master).copy_(param)
-        self.adam_step = torch.zeros((), device=device)  # updates made, skipped ones not counted
-        self.ema_step = torch.zeros((), device=device)
+        block_of = [blocks.get(segment.name) if segment.low and config.overlap else None for segment in self.segments]
+        starts = [i for i, block in enumerate(block_of) if i == 0 or block != block_of[i - 1]]
+        self.spans = [range(*ends) for ends in pairwise([*starts, len(self.segments)])]  # of segments, one of each adam
+        # Updates made, skipped ones not counted, and those that the averages have seen. What the last part has seen is
+        # what counts: the others start a step from there.
+        self.counts = torch.zeros(2, len(self.spans), device=device)
+        self.adam_step, self.ema_step = self.counts[:, -1]
+        self.adams = [self._adam(span, *counts) for span, counts in zip(self.spans, self.counts.T, strict=True)]
+        self.beside = torch.cuda.Stream(device) if len(self.spans) > 1 and device.type == "cuda" else None
         self.hyper = torch.zeros(2, device=device)  # what the next update is told: learning rate, bound on the norm
         self.next_sample = torch.zeros((), dtype=torch.int64, device=device)  # of the run's stream; steps move it on
         self.sample = 0
         self.step = 0  # steps made, skipped ones counted
         self._restart_averages()
-        self.adam = AdamState(
-            self.master,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.ema,
-            self.adam_step,
-            self.ema_step,
-            offsets=[segment.offset for segment in self.segments],
-            sizes=[segment.shape.numel() for segment in self.segments],
-            decays=[segment.decay for segment in self.segments],
-            low=self.low if self.low.numel() else None,
-            ema2=self.ema2,
-        )
         self._bind(self.master, self.low)
         self._round()
 
@@ -145,8 +155,32 @@ class FlatState(Generic[M]):
         self._sample = number
         self.next_sample.fill_(number)
 
+    def _adam(self, span: range, adam_step: Tensor, ema_step: Tensor) -> AdamState:
+        """The segments of `span` as what an update goes through."""
+        segments = self.segments[span.start : span.stop]
+        start = segments[0].offset
+        end = self.segments[span.stop].offset if span.stop < len(self.segments) else len(self.master)
+        return AdamState(
+            self.master[start:end],
+            self.exp_avg[start:end],
+            self.exp_avg_sq[start:end],
+            self.ema[start:end],
+            adam_step,
+            ema_step,
+            offsets=[segment.offset - start for segment in segments],
+            sizes=[segment.shape.numel() for segment in segments],
+            decays=[segment.decay for segment in segments],
+            low=self.low[start:end] if start < self.low.numel() else None,
+            ema2=None if self.ema2 is None else self.ema2[start:end],
+        )
+
     def tell(self, hyper: Hyper) -> None:
-        """Puts where the update reads it what changes from step to step."""
+        """Puts where the update reads it what changes from step to step.
+
+        Raises ValueError for a bound on the norm where updates overlap with the backward pass that makes it.
+        """
+        if self.config.overlap and hyper.clip is not None:
+            raise ValueError("a clip takes the norm of all gradients: it does not go with optim.overlap")
         self.hyper[0].fill_(hyper.lr)
         self.hyper[1].fill_(math.inf if hyper.clip is None else hyper.clip)
 
@@ -171,10 +205,12 @@ class FlatState(Generic[M]):
     def views(self, flat: Tensor) -> list[Tensor]:
         return [segment.view(flat) for segment in self.segments]
 
-    def gradients(self) -> list[Tensor]:
-        """Takes the gradients off the parameters, which are left without; a missing one is an error."""
+    def gradients(self, span: range | None = None) -> list[Tensor]:
+        """Takes the gradients off the parameters, those of some segments or all, which are left without; a missing one
+        is an error."""
         grads: list[Tensor] = []
-        for segment, param in zip(self.segments, self.params, strict=True):
+        for number in range(len(self.segments)) if span is None else span:
+            segment, param = self.segments[number], self.params[number]
             if param.grad is None:
                 raise ValueError(f"parameter {segment.name} has no gradient: it took no part in the loss")
             grads.append(param.grad)
@@ -251,7 +287,7 @@ def kernels(config: OptimConfig, device: torch.device) -> dict[str, str]:
         raise UserError(f"{asked}{error}") from None
 
 
-def adamw_ema(state: FlatState, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+def adamw_ema(state: FlatState, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Clips, updates the masters by AdamW, the EMA and the low-precision weights, by `state.hyper`.
 
     Args:
@@ -259,11 +295,16 @@ def adamw_ema(state: FlatState, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         grads: one gradient per segment of `state`, float32 or the low dtype. Their values are undefined afterwards.
 
     Returns (gradient norm before clipping [] float32, skipped [] float32: 1 where a gradient was not finite; then
-    nothing changed). Never waits for the device.
+    nothing changed, or nothing of that block where `state` is updated block by block). Never waits for the device.
     """
+    state.counts[:, :-1] = state.counts[:, -1:]
+    return _both([_update(state, part, grads[span.start : span.stop]) for part, span in enumerate(state.spans)])
+
+
+def _update(state: FlatState, part: int, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     config = state.config
     return maskdiff_kernels.adamw_ema(
-        state.adam,
+        state.adams[part],
         grads,
         state.hyper,
         config.betas,
@@ -273,3 +314,67 @@ def adamw_ema(state: FlatState, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         ema2_decay=state.averages[-1],
         backend=config.optimizer,
     )
+
+
+def _both(results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Norm [] and skipped [] of parts as those of the whole."""
+    if len(results) == 1:
+        return results[0]
+    norms, skipped = (torch.stack(part) for part in zip(*results, strict=True))
+    return torch.linalg.vector_norm(norms), skipped.amax()
+
+
+class Updating:
+    """The update of one step, made while its backward pass goes on where `state.config.overlap` says so: a block's as
+    soon as all its gradients are there, on a GPU in a stream beside. What is left over comes with `finish`.
+
+        with Updating(state) as update:
+            loss.backward()
+        norm, skipped = update.finish()
+
+    Same bits as adamw_ema after the backward pass, gradient norm apart.
+    """
+
+    def __init__(self, state: FlatState) -> None:
+        self.state = state
+        self.results: dict[int, tuple[Tensor, Tensor]] = {}
+        self.hooks: list[Any] = []
+        self.read: list[Tensor] = []  # gradients that a stream beside may still read: no memory for the backward pass
+
+    def __enter__(self) -> "Updating":
+        state = self.state
+        state.counts[:, :-1] = state.counts[:, -1:]
+        for part, span in enumerate(state.spans[:-1]):
+            missing = set(span)
+            for number in span:
+                hook = partial(self._arrived, part, missing, number)
+                self.hooks.append(state.params[number].register_post_accumulate_grad_hook(hook))
+        return self
+
+    def _arrived(self, part: int, missing: set[int], number: int, _: Tensor) -> None:
+        """A gradient is there. With the last one of a block the backward pass is done with its weights, too."""
+        missing.remove(number)
+        if not missing:
+            grads, beside = self.state.gradients(self.state.spans[part]), self.state.beside
+            if beside is None:
+                self.results[part] = _update(self.state, part, grads)
+            else:
+                beside.wait_stream(torch.cuda.current_stream(beside.device))
+                with torch.cuda.stream(beside):
+                    self.results[part] = _update(self.state, part, grads)
+                self.read += grads
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        if self.state.beside is not None:
+            torch.cuda.current_stream(self.state.beside.device).wait_stream(self.state.beside)
+        self.read.clear()
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Updates the rest; returns what adamw_ema does. Raises ValueError for a parameter without a gradient."""
+        state = self.state
+        for part, span in enumerate(state.spans):
+            if part not in self.results:
+                self.results[part] = _update(state, part, state.gradients(span))
+        return _both([self.results[part] for part in range(len(state.spans))])

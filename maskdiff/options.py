@@ -95,7 +95,7 @@ _SWITCHES = ("print-config", "help", "help-all")
 FREE_ON_RESUME = frozenset(
     "max_steps device data.path out checkpoint_every keep_checkpoints heldout_every sample_every sample_count "
     "sample_steps sampler eta guidance probe_steps capture compile recompute optim.optimizer log log_every "
-    "data.reading".split()
+    "data.reading optim.overlap".split()
 )
 
 

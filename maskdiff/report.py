@@ -6,6 +6,7 @@ from typing import Any
 LABELS = {
     "maskdiff": "maskdiff",
     "maskdiff-own": "maskdiff, own kernels throughout",
+    "maskdiff-overlap": "maskdiff, own kernels, updates in the backward pass",
     "maskdiff-fused": "maskdiff, own kernels, blocks compiled",
     "strong": "plain PyTorch, strong",
     "compiled": "plain PyTorch, strong, compiled",
@@ -137,6 +138,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     colours = {
         "maskdiff": "#d1495b",
         "maskdiff-own": "#8c1c2e",
+        "maskdiff-overlap": "#b07aa1",
         "maskdiff-fused": "#e08e45",
         "strong": "#00798c",
         "compiled": "#66a182",

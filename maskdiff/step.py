@@ -15,7 +15,7 @@ from maskdiff_kernels import Batch, Mask, Store, denoising_loss, draw_batch, noi
 
 from .masking import rate_tenth
 from .model import UViT
-from .optim import FlatState, Hyper, adamw_ema
+from .optim import FlatState, Hyper, Updating, adamw_ema
 
 Mark = Callable[[str], None]  # told the name of each part of a step when the part ends: how a step is timed by part
 
@@ -180,8 +180,9 @@ def device_step(
     mark: Mark = unmarked,
 ) -> StepResult:
     """Trains on the next `batch` samples by `state.hyper`. Counts on the device alone: see train_step."""
-    loss, by_tenth = accumulate(state, source, objective, mask, seed, batch, mark)
-    norm, skipped = adamw_ema(state, state.gradients())
+    with Updating(state) as update:
+        loss, by_tenth = accumulate(state, source, objective, mask, seed, batch, mark)
+    norm, skipped = update.finish()
     mark("optimizer")
     return StepResult(loss, norm, skipped, by_tenth)
 

@@ -420,7 +420,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ('        torch.cuda.set_sync_debug_mode("error")\n', ""),
             ("return case.name not in self.kept.of(", "return case.name in self.kept.of("),
-            ("own_kernels(stand, case.mask) if case.name in (OWN, FUSED, NO_SYNC) else {}", "{}"),
+            ("own_kernels(stand, case.mask) if case.name not in (OURS, *bench.BASELINES) else {}", "{}"),
         ),
     ),
     (

@@ -46,10 +46,24 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         trainer("optim"),
         (
             ("math.inf if hyper.clip is None else hyper.clip", "math.inf"),
-            ("low=self.low if self.low.numel() else None", "low=None"),
+            ("low=self.low[start:end] if start < self.low.numel() else None", "low=None"),
             ("decays=[segment.decay for", "decays=[segment.low for"),
             ("ema2_decay=state.averages[-1]", "ema2_decay=state.averages[0]"),
             ("for average in (self.ema, self.ema2):", "for average in (self.ema,):"),
+        ),
+    ),
+    (
+        "maskdiff/optim.py",
+        trainer("overlap"),
+        (
+            ("        for hook in self.hooks:\n            hook.remove()\n", ""),
+            ("        state.counts[:, :-1] = state.counts[:, -1:]\n        for part", "        for part"),
+            ("        if not missing:\n", "        if len(missing) < 2:\n"),
+            ("                self.read += grads\n", ""),
+            ("current_stream(self.state.beside.device).wait_stream(self.state.beside)", "current_stream(0)"),
+            ("beside.wait_stream(torch.cuda.current_stream(beside.device))", "pass"),
+            ("return torch.linalg.vector_norm(norms), skipped.amax()", "return norms.sum(), skipped.amax()"),
+            ("skipped.amax()", "skipped[-1]"),
         ),
     ),
     (

@@ -16,7 +16,14 @@ from maskdiff.model import UViT
 from maskdiff_kernels import dispatch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-NAMES = ("maskdiff-own", "maskdiff", "no-sync", "strong", "published")  # compiling takes too long for a test
+NAMES = (
+    "maskdiff-own",
+    "maskdiff-overlap",
+    "maskdiff",
+    "no-sync",
+    "strong",
+    "published",
+)  # compiling takes too long for a test
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def never(*arguments):
 
 def test_every_row_is_measured_written_and_drawn(step, tmp_path):
     status, output, rows = step()
-    assert status == 0 and len(rows) == 10 and "10 of 10 rows to measure" in output
+    assert status == 0 and len(rows) == 12 and "12 of 12 rows to measure" in output
     found = {(row["implementation"], row["shape"]["mask"]): row for row in rows}
     for (name, mask), row in found.items():
         assert gpu_step.line(row) in output and row["op"] == "step" and row["case"] == f"tiny b4 {mask}"
@@ -62,11 +69,11 @@ def test_every_row_is_measured_written_and_drawn(step, tmp_path):
 
 def test_finished_rows_are_skipped(step, monkeypatch):
     first = step("--only=maskdiff")[2]
-    assert len(first) == 4
+    assert len(first) == 6
     with monkeypatch.context() as patch:
         patch.setattr(gpu_step.Runner, "run", never)
         status, output, rows = step("--only=maskdiff")
-        assert status == 0 and rows == first and "0 of 4 rows to measure" in output
+        assert status == 0 and rows == first and "0 of 6 rows to measure" in output
         with pytest.raises(AssertionError, match="measured again"):
             step("--only=dense strong")
         with pytest.raises(AssertionError, match="measured again"):
@@ -88,7 +95,7 @@ def test_what_fails_is_a_row(step, monkeypatch, tmp_path):
 
 def test_no_time_left(step):
     status, output, rows = step("--minutes=0")
-    assert status == 0 and rows == [] and "10 rows are left; the same command goes on: tiny b4 dense" in output
+    assert status == 0 and rows == [] and "12 rows are left; the same command goes on: tiny b4 dense" in output
 
 
 def test_no_compiling_is_begun_late(tmp_path):
@@ -130,6 +137,15 @@ def test_own_kernels_run_in_their_row_alone(step, monkeypatch):
     assert set(rows["maskdiff-own"]["kernels"].values()) == {"cpp"}
 
 
+def test_the_row_that_overlaps_updates_during_the_backward_pass(step, monkeypatch):
+    seen = []
+    train_step = bench.train_step
+    monkeypatch.setattr(bench, "train_step", lambda state, *a: seen.append(len(state.adams)) or train_step(state, *a))
+    (row,) = step("--only=dense maskdiff-overlap")[2]
+    assert set(seen) == {4} and row["error"] is None  # three blocks and the rest
+    assert set(row["kernels"].values()) == {"cpp"} and not row["peer"]
+
+
 def test_the_fused_row_has_compiled_blocks(step, monkeypatch):
     compiled = []
     monkeypatch.setattr(gpu_step, "cases", lambda device: [gpu_step.Case("tiny", 4, "dense", "maskdiff-fused")])
@@ -159,6 +175,9 @@ def test_rows_of_a_card():
         for name in ("maskdiff-own", "maskdiff-fused", "maskdiff", "strong", "compiled", "published"):
             masks = [case.mask for case in rows if (case.model, case.batch) == place and case.name == name]
             assert masks == ["dense", "patch:0.5", "patch:0.75", "patch:0.9"]
+    overlapping = {(case.model, case.batch) for case in rows if case.name == "maskdiff-overlap"}
+    assert overlapping == {("celeba64", 256), ("celeba64", 64)}
+    assert all(stage.clip is None for stage in gpu_step.configs(CUDA)["celeba64"].stages)
     assert {(case.model, case.batch) for case in rows if case.name == "no-sync"} == {
         ("celeba64", 256),
         ("celebahq256", 32),

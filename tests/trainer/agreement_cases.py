@@ -85,15 +85,15 @@ def update(state, grads: list[torch.Tensor], said: str) -> None:
     fixed = (state.config.betas, state.config.eps, state.config.weight_decay, *averages)
     found = {}
     for exact in (torch.float64, torch.float32):
-        flats = {f: getattr(state.adam, f).to(exact, copy=True) for f in ("master", "exp_avg", "exp_avg_sq", "ema")}
-        counts = {f: getattr(state.adam, f).to(exact, copy=True) for f in ("adam_step", "ema_step")}
-        low = None if state.adam.low is None else state.adam.low.clone()
-        copy = dataclasses.replace(state.adam, **flats, **counts, low=low)
+        flats = {f: getattr(state.adams[0], f).to(exact, copy=True) for f in ("master", "exp_avg", "exp_avg_sq", "ema")}
+        counts = {f: getattr(state.adams[0], f).to(exact, copy=True) for f in ("adam_step", "ema_step")}
+        low = None if state.adams[0].low is None else state.adams[0].low.clone()
+        copy = dataclasses.replace(state.adams[0], **flats, **counts, low=low)
         reference.run(Update(*flatten(copy, [grad.clone() for grad in grads], state.hyper, *fixed)))
         found[exact] = flats
     adamw_ema(state, grads)
     for name, truth in found[torch.float64].items():
         allowed = 2 * test_step.error(found[torch.float32][name], truth)
         allowed += torch.finfo(torch.float32).eps / 2 * truth.norm().item()
-        got = test_step.error(getattr(state.adam, name), truth)
+        got = test_step.error(getattr(state.adams[0], name), truth)
         assert got <= allowed, f"{said}: {name}: error {got:.2e}, allowed {allowed:.2e}"

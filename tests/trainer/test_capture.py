@@ -153,7 +153,7 @@ def addresses(state, source, objective, seed):
     """Of everything that lives on between steps."""
     lasting = {name: p for name, p in state.model.named_parameters()}
     lasting |= {name: b for name, b in state.model.named_buffers()}
-    for owner in (state, state.adam, source.store, source, objective):
+    for owner in (state, *state.adams, source.store, source, objective):
         for name, value in vars(owner).items():
             if isinstance(value, torch.Tensor):
                 lasting[f"{type(owner).__name__}.{name}"] = value

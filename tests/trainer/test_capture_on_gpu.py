@@ -80,6 +80,22 @@ def test_captured_steps_are_eager_steps(kernels, exact, dtype, on_host):
     assert said == [] and all(isinstance(steps.prepare(mask_of(mask), BATCH).part, Captured) for mask in MASKS)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("captures", [False, True], ids=["eager", "captured"])
+def test_updates_beside_the_backward_pass_are_those_after_it(kernels, exact, dtype, captures):
+    said: list[str] = []
+    steps, late = steps_on(said, dtype=dtype, overlap=True), steps_on(dtype=dtype)
+    steps.captures = captures
+    assert len(steps.state.adams) == MODEL.blocks + 1 and steps.state.beside is not None
+    for turn, mask in enumerate([*MASKS, *MASKS, "patch:0.5", "patch:0.5"]):
+        hyper = Hyper(1e-3 * (1 + turn % 3), None)
+        got, expected = steps(mask_of(mask), BATCH, hyper), plain_step(late, mask, hyper)
+        assert torch.equal(got.loss, expected.loss)
+        torch.testing.assert_close(got.grad_norm, expected.grad_norm, rtol=1e-5, atol=0)
+        same(steps.state, late.state)
+    assert said == []
+
+
 @pytest.mark.parametrize("on_host", [False, True], ids=["resident", "staged"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 def test_captured_micro_batches_are_eager_ones(kernels, exact, on_host, recompute):

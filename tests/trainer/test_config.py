@@ -244,7 +244,7 @@ OTHER = {
     },
     "optim": {
         "betas": [0.5, 0.6], "eps": 0.1, "weight_decay": 0.2, "decay_all": True, "ema": 0.3, "ema2": "power:0.1",
-        "optimizer": "torch",
+        "optimizer": "torch", "overlap": True,
     },
     "stages": [
         {
@@ -350,6 +350,7 @@ def test_presets_are_valid(name):
         (["--stages.1.tokens", "50"], ["stages.1", "50 tokens a step", "66 tokens", "t66"]),
         (["--stages.1.lr", "0"], ["stages.1.lr is 0"]),
         (["--stages.1.clip", "0"], ["stages.1.clip", "or none"]),
+        (["--optim.overlap", "--stages.0.clip", "none"], ["stages.1.clip is 1.0", "optim.overlap", "one of the two"]),
         (["--stages.1.warmup", "-1"], ["stages.1.warmup"]),
         (["--stages.1.cool", "2"], ["stages.1.cool is 2"]),
         (["--stages.1.cool", "0.5", "--stages.1.decay", "cosine"], ["decay cosine and cool 0.5"]),

@@ -113,6 +113,19 @@ def test_resume_is_bit_for_bit(unbroken, tmp_path, stop):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_resumed_run_may_update_during_the_backward_pass(tmp_path):
+    stages = ("--stages", STAGES.replace("c1.0", "cnone"))
+    training.run(tiny(tmp_path / "late", *stages))
+    out = tmp_path / "run"
+    training.run(dataclasses.replace(tiny(out, *stages, "--optim.overlap"), max_steps=3))
+    training.run(parse(["--resume", str(out), "--optim.no-overlap", "--max-steps", "9"]).config, resume=True)
+    training.run(parse(["--resume", str(out), "--optim.overlap", "--max-steps", "99"]).config, resume=True)
+    ours, theirs = (checkpoint.load(checkpoint.latest(run))[0] for run in (out, tmp_path / "late"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+    losses = [[row["loss"] for row in rows(run)] for run in (out, tmp_path / "late")]
+    assert losses[0] == losses[1] and len(losses[0]) == 14
+
+
 @pytest.mark.parametrize("stop", [11, None])  # inside the last stage, and after it
 def test_a_resumed_run_takes_a_longer_stage_and_one_more(tmp_path, stop):
     more = ("--stages.1.steps", "9")
