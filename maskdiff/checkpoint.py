@@ -59,9 +59,9 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any],
     return target
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a checkpoint folder and checks it against its hashes. Raises UserError that names what is wrong."""
-    meta_path, state_path = path / META, path / STATE
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a checkpoint folder says of itself, checked. Raises UserError that names what is wrong."""
+    meta_path = path / META
     try:
         meta = json.loads(meta_path.read_text())
         if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
@@ -74,6 +74,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{meta_path} has format {meta.get('format')!r}; this version of maskdiff reads {FORMAT}")
     if meta.get("hash") != _meta_hash(meta):
         raise UserError(f"{meta_path} was altered after it was written; use an earlier checkpoint")
+    return meta
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a checkpoint folder and checks it against its hashes. Raises UserError that names what is wrong."""
+    meta, state_path = read_meta(path), path / STATE
     if not state_path.exists():
         raise UserError(f"{state_path} is missing; use an earlier checkpoint")
     if _hash(state_path) != meta["files"].get(STATE):

@@ -100,7 +100,7 @@ class Config:
     time_budget: float | str | None = None
     """training time in all, 2h, 30m, 90s or minutes, which stages share in proportion to their own; none: their own"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the device has it natively, else fp32"""
+    """auto: bf16 where the device multiplies it natively and no slower than fp32, else fp32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
     compile: bool = False

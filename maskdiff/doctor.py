@@ -41,11 +41,15 @@ def _versions() -> Iterator[str]:
 def _processor() -> Iterator[str]:
     import torch
 
+    from . import precision
+
     words = _cpuinfo()
     yield f"{words.get('model name', platform.machine())}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} CPUs"
     flags = set(words.get("flags", "").split())
     yield "features: " + (" ".join(name for name in FEATURES if name in flags) or "none of " + " ".join(FEATURES))
     yield f"torch uses {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = torch.device("cpu")
+    yield f"--precision auto is {precision.words(precision.resolve_precision('auto', cpu), cpu)}"
 
 
 def _kernels() -> Iterator[str]:

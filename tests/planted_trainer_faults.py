@@ -53,6 +53,17 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "maskdiff/precision.py",
+        trainer("precision"),
+        (
+            ("for _ in range(6):", "for _ in range(1):"),
+            ("return GAIN * best", "return 1.0 * best"),
+            ('or (name == "auto" and before == "float32")', ""),
+            ("and before is None and", "and"),
+            ("        torch.set_num_threads(threads)\n", "        pass\n"),
+        ),
+    ),
+    (
         "maskdiff/optim.py",
         trainer("overlap"),
         (
