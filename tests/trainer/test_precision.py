@@ -40,13 +40,13 @@ def test_a_gpu_is_not_timed(monkeypatch):
 
 @pytest.mark.parametrize(("bf16_ms", "faster"), [(4.0, False), (9.0, False), (12.4, False), (12.6, True), (20.0, True)])
 def test_fp32_must_be_clearly_faster(monkeypatch, bf16_ms, faster):
-    """By a clock that goes on with products alone: fp32 takes 10 ms; first ones, and every other one, twice as long."""
+    """By a clock that goes on with products alone: fp32's take 10 ms, the first and every other one twice as long."""
     clock, made = [0.0], []
 
     def product(left, right):
         made.append((left.dtype, torch.get_num_threads()))
-        slow = 2 if sum(dtype == left.dtype for dtype, _ in made) % 2 else 1
-        clock[0] += 1e-3 * slow * (10.0 if left.dtype == FP32 else bf16_ms)
+        slow = 2 if sum(dtype == FP32 for dtype, _ in made) % 2 else 1
+        clock[0] += 1e-3 * (10.0 * slow if left.dtype == FP32 else bf16_ms)
 
     monkeypatch.setattr(precision.time, "thread_time", lambda: clock[0])
     monkeypatch.setattr(torch.Tensor, "mm", product)
