@@ -271,5 +271,6 @@ def adamw_ema(state: FlatState, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         config.weight_decay,
         ema_decay=state.averages[0],
         ema2_decay=state.averages[-1],
+        ema_every=config.ema_every,
         backend=config.optimizer,
     )
