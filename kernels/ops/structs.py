@@ -62,16 +62,13 @@ class AdamwStruct(ctypes.Structure):
     )
 
 
+ADAMW_NUMBERS = "beta1 beta2 eps weight_decay ema_decay ema2_decay ema_gamma ema2_gamma ema_every".split()
+
+
 class AdamwNumbersStruct(ctypes.Structure):
     """maskdiff_adamw_numbers."""
 
-    _fields_ = [
-        *(
-            (name, ctypes.c_double)
-            for name in "beta1 beta2 eps weight_decay ema_decay ema2_decay ema_gamma ema2_gamma".split()
-        ),
-        ("ema_every", ctypes.c_int64),
-    ]
+    _fields_ = [(name, ctypes.c_double) for name in ADAMW_NUMBERS[:-1]] + [(ADAMW_NUMBERS[-1], ctypes.c_int64)]
 
 
 class LayerNormStruct(ctypes.Structure):
@@ -153,7 +150,7 @@ def adamw_structs(u: Update) -> tuple[AdamwStruct, AdamwNumbersStruct]:
         0 if u.low is None else u.low.shape[0],
         DTYPES[torch.bfloat16 if u.low is None else u.low.dtype],
     )
-    return update, AdamwNumbersStruct(*(getattr(u, name) for name, _ in AdamwNumbersStruct._fields_))
+    return update, AdamwNumbersStruct(*(getattr(u, name) for name in ADAMW_NUMBERS))
 
 
 def _table(numbers: Sequence[int]) -> ctypes.Array:

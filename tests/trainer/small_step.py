@@ -14,7 +14,7 @@ BATCH, SEED = 8, torch.tensor([1234])
 MODEL = ModelConfig(image_size=16, channels=3, patch=4, width=64, blocks=3, heads=2, classes=(3, 2))
 
 
-def setup(target="v", dtype=torch.float32, min_snr=None, backend="cpp", device="cpu"):
+def setup(target="v", dtype=torch.float32, min_snr=None, backend="cpp", device="cpu", ema_every=1):
     generator = torch.Generator().manual_seed(0)
     patches = torch.randint(256, (20, MODEL.patches, MODEL.patch_dim), dtype=torch.uint8, generator=generator)
     labels = torch.stack(
@@ -25,7 +25,7 @@ def setup(target="v", dtype=torch.float32, min_snr=None, backend="cpp", device="
     diffusion = Diffusion(DiffusionConfig(schedule="cosine", target=target, min_snr=min_snr)).to(device)
     objective = Objective(diffusion.alpha_sigma, diffusion.weight, target, 0.5, 0.25, backend)
     torch.manual_seed(0)
-    return FlatState(UViT(MODEL).to(device), OptimConfig(), dtype), source, objective
+    return FlatState(UViT(MODEL).to(device), OptimConfig(ema_every=ema_every), dtype), source, objective
 
 
 def mask_of(text: str) -> Mask:

@@ -73,7 +73,7 @@ class Update(NamedTuple):
         self,
         seen: Tensor,  # []
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The averages that there are, each with its decay [] float64 at update number `seen` of theirs, if it is due."""
+        """The averages that there are, each with its decay [] float64 at update number `seen` of theirs, where due."""
         yield self.ema, decay(seen.double(), self.ema_decay, self.ema_gamma, self.ema_every)
         if self.ema2 is not None:
             yield self.ema2, decay(seen.double(), self.ema2_decay, self.ema2_gamma, self.ema_every)
