@@ -132,8 +132,8 @@ typedef struct {
   double ema2_decay;
   double ema_gamma;   // of 0 or more: decays are (1 - 1/k)^(gamma + 1) instead; below 0: as above
   double ema2_gamma;
-  int64_t ema_every;  // 1 or more: an average is neither read nor written but at each such update that it has seen,
-                      // which then counts for all of them: by the product of their decays, for k / every by a gamma
+  int64_t ema_every;  // 1 or more: averages are read and written where k is a multiple of it, and then once for so many
+                      // updates, by the product of their decays
 } maskdiff_adamw_numbers;
 
 // What layer_norm reads. Strides are in elements.

@@ -88,7 +88,7 @@ DEVICE void update_elements(const maskdiff_adamw& update, const AdamFactors& fac
   const auto gradients = load_numbers<N>(segment.grad, segment.dtype, at - segment.offset);
   auto master = load<N>(update.master + at), exp_avg = load<N>(update.exp_avg + at);
   auto exp_avg_sq = load<N>(update.exp_avg_sq + at);
-  const bool due = factors.to_ema[0] != 0.0f;
+  const bool due = factors.to_ema[0] != 0.0f; // the same in all threads: else averages are not touched
   auto ema = due ? load<N>(update.ema + at) : Floats<N>{};
   const float keep = segment.decays ? factors.keep[1] : factors.keep[0];
   for (int k = 0; k < N; k++) {

@@ -39,7 +39,7 @@ def adamw_ema(
             that the average has seen, so that early averages are not stuck at the start. Or a PowerEma.
         ema_every: the averages change at every so many of the updates that they see, 1 to 1000, and stay as they are at
             the others: the compiled kernels then neither read nor write them. Such a change has the decays of all the
-            updates since the last one, multiplied. The counts, being float32, are exact up to 2^24 updates.
+            updates since the last one, multiplied. Counts are exact up to 2^24 updates: longer runs take 1.
         backend: "auto", "cpp", "cuda", "torch", "apex" or "reference".
 
     Returns:
