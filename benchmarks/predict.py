@@ -122,7 +122,8 @@ class Recorder(TorchDispatchMode):
         elif name in ("noisy_patches", "denoising_loss"):
             work.instructions = instructions(name, named["keep_ids"], named["patches"])
         elif name == "adamw_ema":
-            numbers = 4 * named["master"].nbytes  # masters, both moments, average
+            averages = (1 + (named["ema2"] is not None)) / named["ema_every"]  # in the mean over updates
+            numbers = round((3 + averages) * named["master"].nbytes)  # masters, both moments, averages
             gradients = sum(grad.nbytes for grad in named["grads"])  # read twice: squares come first
             work.reads, work.writes = {0: numbers, 1: 2 * gradients}, {0: numbers, 2: named["low"].nbytes}
         return work

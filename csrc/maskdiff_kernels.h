@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MASKDIFF_ABI 9
+#define MASKDIFF_ABI 10
 
 #if defined(__GNUC__)
 #define MASKDIFF_API __attribute__((visibility("default")))
@@ -132,6 +132,8 @@ typedef struct {
   double ema2_decay;
   double ema_gamma;   // of 0 or more: decays are (1 - 1/k)^(gamma + 1) instead; below 0: as above
   double ema2_gamma;
+  int64_t ema_every;  // 1 or more: averages are read and written where k is a multiple of it, and then once for so many
+                      // updates, by the product of their decays
 } maskdiff_adamw_numbers;
 
 // What layer_norm reads. Strides are in elements.
@@ -233,7 +235,7 @@ MASKDIFF_API int maskdiff_cpu_layer_norm_backward(const maskdiff_layer_norm_inpu
 
 // Clips the gradients to the bound, updates the masters by AdamW, then the averages and the low-precision copy; counts.
 // norm [1]: of all gradients, before clipping. Where it is not finite (a sum of squares beyond the floats is not)
-// nothing else is changed. skipped [1]: 1 where that happened, else 0. Errors: NO_MEMORY, BAD_OPTION.
+// nothing else is changed. skipped [1]: 1 where that happened, else 0. Errors: NO_MEMORY, BAD_OPTION (ema_every too).
 MASKDIFF_API int maskdiff_cpu_adamw_ema(const maskdiff_adamw* update, const maskdiff_adamw_numbers* numbers, float* norm,
                                         float* skipped, int threads);
 

@@ -36,6 +36,8 @@ class OptimConfig:
     """decay of the weights' moving average, or power:W for a power function of relative width W"""
     ema2: float | str | None = None
     """the same of a second average; none: there is one alone"""
+    ema_every: int = 1
+    """updates from one change of the averages to the next: 10 leaves them alone at nine of ten"""
     optimizer: Literal["auto", "cpp", "cuda", "torch", "apex", "reference"] = "auto"
     """what computes the update"""
     overlap: bool = False
@@ -340,6 +342,7 @@ def _check_ranges(config: Config) -> None:
         ("optim.betas", list(optim.betas), all(0 <= beta < 1 for beta in optim.betas), "two values from 0 to below 1"),
         ("optim.eps", optim.eps, optim.eps > 0, "more than 0"),
         ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "0 or more"),
+        ("optim.ema_every", optim.ema_every, 1 <= optim.ema_every <= 1000, "from 1 to 1000"),
     ]
     for name, value, good, takes in checks:
         if not good:

@@ -312,6 +312,7 @@ def _update(state: FlatState, part: int, grads: Sequence[Tensor]) -> tuple[Tenso
         config.weight_decay,
         ema_decay=state.averages[0],
         ema2_decay=state.averages[-1],
+        ema_every=config.ema_every,
         backend=config.optimizer,
     )
 

@@ -72,6 +72,7 @@ how
   --optim.ema A       average of the weights that samples are drawn with: its decay, as 0.999,
                       or power:W, a power function of relative width W, as power:0.1
   --optim.ema2 A      a second one (maskdiff.sample --weights ema2)
+  --optim.ema-every N changes the averages at every N-th update alone: fewer bytes to move
   --log WHERE         tensorboard, wandb or both: figures and samples go there, too
 
 more

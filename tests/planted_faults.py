@@ -53,6 +53,8 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("norm > bound ?", "bound > 0.0f ?"),
             ("const float single = (float)sum;", "const float single = (float)__builtin_sqrt(sum);"),
             ("young < decay ? young : decay", "decay"),
+            ("k = seen - every + 1.0", "k = seen"),
+            ("kept *= young", "kept = young"),
             ("* f.root + f.eps", "+ f.eps"),
             ("x.master = keep * x.master", "x.master = f.keep[1] * x.master"),
         ),
@@ -67,6 +69,9 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("low < count ? low : count", "count"),
             ("c >= chunks * part / parts", "c > chunks * part / parts"),
             ("  *a->ema_step += 1.0f;\n", ""),
+            ("factors.to_ema[0] != 0.0f ? update<true> : update<false>", "update<true>"),
+            ("if (DUE && a->ema2)", "if (a->ema2)"),
+            ("if (DUE) ema[i]", "ema[i]"),
         ),
     ),
     (
@@ -126,6 +131,9 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("aligned(segment.grad, whole ? 16 : 8)", "aligned(segment.grad, 8)"),
             (" | 2 * reinterpret_cast<uintptr_t>(a.low);", ";"),
             ("return all % 16 == 0;", "return all % 8 == 0;"),
+            ("due ? load<N>(update.ema + at) : Floats<N>{}", "load<N>(update.ema + at)"),
+            ("if (due) store", "store"),
+            ("due && update.ema2", "update.ema2"),
         ),
     ),
     (
@@ -153,7 +161,8 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "kernels/ops/adamw_ema/fused.py",
         ADAMW,
         (
-            ("(1 - decay) * (1 - skipped)", "1 - decay"),
+            ("(1 - decay) * due", "1 - decay"),
+            (" & (skipped == 0)", ""),
             ("u.weight_decay if decays else 0.0", "u.weight_decay"),
             ("torch.where(skipped > 0, u.low,", "torch.where(skipped > 1, u.low,"),
         ),
@@ -169,13 +178,22 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("if (k < 2.0) return 1.0;", ""),
             ("i < 7; i++) share", "i < 6; i++) share"),
-            ("power_share(seen, gamma + 1.0)", "power_share(seen, gamma)"),
+            ("power_share(seen / every, gamma + 1.0)", "power_share(seen / every, gamma)"),
+            ("seen / every", "seen"),
+            ("(int64_t)seen % n", "(int64_t)adam_step % n"),
         ),
     ),
+    ("csrc/cpu/adamw_ema.cpp", AVERAGES, ((" || numbers->ema_every < 1", ""),)),
     (
         "kernels/ops/adamw_ema/averages.py",
         AVERAGES,
-        (("seen.clamp(min=1)", "seen"), ("math.sqrt((gamma + 1)", "math.sqrt((gamma + 2)")),
+        (
+            ("(seen / every).clamp(min=1)", "(seen / every)"),
+            ("(seen / every)", "seen"),
+            (".clamp(min=0)", ""),
+            ("max=final).prod()", "max=final)[0]"),
+            ("math.sqrt((gamma + 1)", "math.sqrt((gamma + 2)"),
+        ),
     ),
     (
         "csrc/cpu/draw_batch.cpp",
@@ -429,6 +447,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("if key in needed}", "if key}"),
             ("1: 2 * gradients}", "1: gradients}"),
+            (' / named["ema_every"]', ""),
         ),
     ),
     (

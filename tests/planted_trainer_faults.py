@@ -49,6 +49,7 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("low=self.low[start:end] if start < self.low.numel() else None", "low=None"),
             ("decays=[segment.decay for", "decays=[segment.low for"),
             ("ema2_decay=state.averages[-1]", "ema2_decay=state.averages[0]"),
+            ("ema_every=config.ema_every", "ema_every=1"),
             ("for average in (self.ema, self.ema2):", "for average in (self.ema,):"),
         ),
     ),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from predict import Work
 
+import maskdiff_kernels as mk
 from maskdiff import flops, presets
 from maskdiff.bench import Bench
 
@@ -83,6 +84,19 @@ def test_the_optimizer_is_its_entry(celeba, dense):
     gradients = sum(p.numel() * p.element_size() for p in celeba.state.params)
     assert work.bytes == 32 * size + 2 * low + 2 * gradients
     assert 1e3 * work.seconds(3.0e12) == pytest.approx(0.67, abs=0.005)
+
+
+def test_averages_cross_memory_where_they_change():
+    """In the mean over updates."""
+    flats, counts = [torch.empty(1000, device=META) for _ in range(5)], [torch.empty((), device=META) for _ in range(2)]
+    low, grad = (torch.empty(1000, dtype=torch.bfloat16, device=META) for _ in range(2))
+    layout = {"offsets": [0], "sizes": [1000], "decays": [True]}
+    for ema2, averages in ((None, 1), (flats[4], 2)):
+        state = mk.AdamState(*flats[:4], *counts, **layout, low=low, ema2=ema2)
+        with predict.Recorder() as recorder:
+            mk.adamw_ema(state, [grad], torch.empty(2, device=META), (0.9, 0.99), 1e-8, 0.0, 0.9, ema_every=10)
+        (work,) = of(recorder.work, "adamw_ema")
+        assert work.bytes == 8 * (3000 + 100 * averages) + low.nbytes + 2 * grad.nbytes
 
 
 def test_views_and_allocations_launch_nothing():

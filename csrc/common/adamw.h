@@ -18,7 +18,7 @@ struct AdamFactors {
   float rate;           // lr / (1 - beta1^t)
   float root;           // 1 / sqrt(1 - beta2^t)
   float eps;
-  float to_ema[2];      // the share of the new weights in each average
+  float to_ema[2];      // the share of the new weights in each average; 0: it is not due
 };
 
 // The norm of gradients whose squares have this sum; says whether it is finite, as a sum in float would be.
@@ -53,12 +53,16 @@ MASKDIFF_HD double power_share(double k, double exponent) {
   return share;
 }
 
-// How much of the new weights an average takes up at its update number `seen`: young averages take up more, so that they
-// do not stick to their start; those by a power function (gamma of 0 or more) ever less.
-MASKDIFF_HD float ema_share(double decay, double gamma, double seen) {
-  if (gamma >= 0.0) return (float)power_share(seen, gamma + 1.0);
-  const double young = (1.0 + seen) / (10.0 + seen);
-  return (float)(1.0 - (young < decay ? young : decay));
+// How much of the new weights an average takes up at its update number `seen`, for `every` updates at once: young averages
+// take up more, so that they do not stick to their start; those by a power function (gamma of 0 or more) ever less.
+MASKDIFF_HD float ema_share(double decay, double gamma, double seen, double every) {
+  if (gamma >= 0.0) return (float)power_share(seen / every, gamma + 1.0);  // 1 - ((seen - every) / seen)^(gamma + 1)
+  double kept = 1.0;
+  for (double k = seen - every + 1.0; k <= seen; k += 1.0) {
+    const double young = (1.0 + k) / (10.0 + k);
+    kept *= young < decay ? young : decay;
+  }
+  return (float)(1.0 - kept);
 }
 
 // The factors of the update that follows `adam_step` and `ema_step` earlier ones; lr, bound: the two of `hyper`.
@@ -76,8 +80,10 @@ MASKDIFF_HD AdamFactors adam_factors(const maskdiff_adamw_numbers& n, float lr, 
   f.rate = (float)((double)lr / (1.0 - power(n.beta1, t)));
   f.root = (float)(1.0 / __builtin_sqrt(1.0 - power(n.beta2, t)));
   f.eps = (float)n.eps;
-  f.to_ema[0] = ema_share(n.ema_decay, n.ema_gamma, seen);
-  f.to_ema[1] = ema_share(n.ema2_decay, n.ema2_gamma, seen);
+  const bool due = (int64_t)seen % n.ema_every == 0;
+  const double every = (double)n.ema_every;
+  f.to_ema[0] = due ? ema_share(n.ema_decay, n.ema_gamma, seen, every) : 0.0f;
+  f.to_ema[1] = due ? ema_share(n.ema2_decay, n.ema2_gamma, seen, every) : 0.0f;
   return f;
 }
 

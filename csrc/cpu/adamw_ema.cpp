@@ -76,6 +76,8 @@ static double squares(const maskdiff_adamw* a, int64_t chunk) {
   return sum;
 }
 
+// Averages that are not due are neither read nor written.
+template <bool DUE>
 static void update(const maskdiff_adamw* a, const AdamFactors& factors, int64_t chunk) {
   walk<WINDOW>(a, chunk, [&](int64_t segment, int64_t at, int count, const float* gradients) {
     const AdamFactors f = factors;
@@ -85,9 +87,9 @@ static void update(const maskdiff_adamw* a, const AdamFactors& factors, int64_t 
     for (int i = 0; i < count; i++) {
       const AdamElement x = adamw(f, keep, gradients[i], {master[i], exp_avg[i], exp_avg_sq[i]});
       master[i] = x.master, exp_avg[i] = x.exp_avg, exp_avg_sq[i] = x.exp_avg_sq;
-      ema[i] += to_ema * (x.master - ema[i]);
+      if (DUE) ema[i] += to_ema * (x.master - ema[i]);
     }
-    if (a->ema2) {
+    if (DUE && a->ema2) {
       float* ema2 = a->ema2 + at;
 #pragma omp simd
       for (int i = 0; i < count; i++) ema2[i] += to_ema2 * (master[i] - ema2[i]);
@@ -104,7 +106,7 @@ int adamw_ema(const maskdiff_adamw* a, const maskdiff_adamw_numbers* numbers, fl
     if (!is_dtype((int)a->grad_dtypes[s])) return MASKDIFF_BAD_OPTION;
     size = a->offsets[s] + a->sizes[s];
   }
-  if (!is_dtype((int)a->low_dtype)) return MASKDIFF_BAD_OPTION;
+  if (!is_dtype((int)a->low_dtype) || numbers->ema_every < 1) return MASKDIFF_BAD_OPTION;
   const int64_t chunks = (size + CHUNK - 1) / CHUNK;
   const int parts = useful_threads(size, threads);
   double* sums = (double*)malloc((size_t)(chunks + 1) * sizeof(double));
@@ -120,9 +122,10 @@ int adamw_ema(const maskdiff_adamw* a, const maskdiff_adamw_numbers* numbers, fl
   *skipped = finite ? 0.0f : 1.0f;
   if (!finite) return MASKDIFF_OK;
   const AdamFactors factors = adam_factors(*numbers, a->hyper[0], a->hyper[1], *norm, *a->adam_step, *a->ema_step);
+  const auto update_chunk = factors.to_ema[0] != 0.0f ? update<true> : update<false>;
 #pragma omp parallel for schedule(static) num_threads(parts)
   for (int part = 0; part < parts; part++) {  // backwards: the gradients that were read last are still in a cache
-    for (int64_t c = chunks * (part + 1) / parts - 1; c >= chunks * part / parts; c--) update(a, factors, c);
+    for (int64_t c = chunks * (part + 1) / parts - 1; c >= chunks * part / parts; c--) update_chunk(a, factors, c);
   }
   *a->adam_step += 1.0f;
   *a->ema_step += 1.0f;

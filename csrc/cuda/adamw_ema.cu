@@ -87,7 +87,9 @@ template <int N>
 DEVICE void update_elements(const maskdiff_adamw& update, const AdamFactors& factors, const Segment& segment, int64_t at) {
   const auto gradients = load_numbers<N>(segment.grad, segment.dtype, at - segment.offset);
   auto master = load<N>(update.master + at), exp_avg = load<N>(update.exp_avg + at);
-  auto exp_avg_sq = load<N>(update.exp_avg_sq + at), ema = load<N>(update.ema + at);
+  auto exp_avg_sq = load<N>(update.exp_avg_sq + at);
+  const bool due = factors.to_ema[0] != 0.0f; // the same in all threads: else averages are not touched
+  auto ema = due ? load<N>(update.ema + at) : Floats<N>{};
   const float keep = segment.decays ? factors.keep[1] : factors.keep[0];
   for (int k = 0; k < N; k++) {
     const AdamElement x = adamw(factors, keep, gradients.x[k], {master.x[k], exp_avg.x[k], exp_avg_sq.x[k]});
@@ -95,8 +97,9 @@ DEVICE void update_elements(const maskdiff_adamw& update, const AdamFactors& fac
     ema.x[k] += factors.to_ema[0] * (x.master - ema.x[k]);
   }
   store<N>(update.master + at, master), store<N>(update.exp_avg + at, exp_avg);
-  store<N>(update.exp_avg_sq + at, exp_avg_sq), store<N>(update.ema + at, ema);
-  if (update.ema2) {
+  store<N>(update.exp_avg_sq + at, exp_avg_sq);
+  if (due) store<N>(update.ema + at, ema);
+  if (due && update.ema2) {
     auto ema2 = load<N>(update.ema2 + at);
     for (int k = 0; k < N; k++) ema2.x[k] += factors.to_ema[1] * (master.x[k] - ema2.x[k]);
     store<N>(update.ema2 + at, ema2);
@@ -181,6 +184,7 @@ int maskdiff_cuda_adamw_ema(const maskdiff_adamw* update, const maskdiff_adamw_n
     return MASKDIFF_BAD_OPTION;
   for (int64_t s = 0; s < update->segments; s++)
     if (!is_dtype(update->grad_dtypes[s])) return MASKDIFF_BAD_OPTION;
+  if (numbers->ema_every < 1) return MASKDIFF_BAD_OPTION;
   if (update->segments == 0) return MASKDIFF_BAD_RANGE;
   OnDevice here(device);
   Workspace* const space = reinterpret_cast<Workspace*>(workspace);

@@ -62,13 +62,13 @@ class AdamwStruct(ctypes.Structure):
     )
 
 
-ADAMW_NUMBERS = "beta1 beta2 eps weight_decay ema_decay ema2_decay ema_gamma ema2_gamma".split()
+ADAMW_NUMBERS = "beta1 beta2 eps weight_decay ema_decay ema2_decay ema_gamma ema2_gamma ema_every".split()
 
 
 class AdamwNumbersStruct(ctypes.Structure):
     """maskdiff_adamw_numbers."""
 
-    _fields_ = [(name, ctypes.c_double) for name in ADAMW_NUMBERS]
+    _fields_ = [(name, ctypes.c_double) for name in ADAMW_NUMBERS[:-1]] + [(ADAMW_NUMBERS[-1], ctypes.c_int64)]
 
 
 class LayerNormStruct(ctypes.Structure):

@@ -13,7 +13,7 @@ import numpy as np
 from conformance import BF16, FP16, FP32, Cuda, Host, as_dtype, run_cases, set_up
 
 FLATS = ("master", "exp_avg", "exp_avg_sq", "ema", "ema2")
-NUMBERS = (0.9, 0.99, 1e-6, 0.3, 0.75, 0.25)  # as maskdiff_adamw_numbers, but for the gammas
+NUMBERS = (0.9, 0.99, 1e-6, 0.3, 0.75, 0.25)  # as maskdiff_adamw_numbers, up to the gammas
 
 
 class Update(ctypes.Structure):
@@ -31,7 +31,7 @@ class Numbers(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_double)
         for name in "beta1 beta2 eps weight_decay ema_decay ema2_decay ema_gamma ema2_gamma".split()
-    ]
+    ] + [("ema_every", ctypes.c_int64)]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Case:
     low_size: int = 0
     two: bool = False  # averages
     gammas: tuple[float, float] = (-1, -1)  # of the averages: by a power function from 0 on
+    every: int = 1  # the update is the second that the averages see
     bound: float = 0.5
     bad: float | None = None  # the last gradient's last element
     shift: str = ""  # the buffer, or "grads", that starts in the middle of four elements
@@ -58,9 +59,11 @@ class Case:
         return self.offsets[-1] + self.sizes[-1]
 
     def flats(self) -> dict[str, np.ndarray]:
+        """Averages that are not due end after one element: sanitizers see what goes beyond."""
         random = np.random.default_rng(len(self.sizes))
         values = [random.standard_normal(self.total, np.float32) for _ in FLATS]
-        return dict(zip(FLATS, [values[0], 0.1 * values[1], values[2] ** 2, *values[3:]], strict=True))
+        averages = [x if 2 % self.every == 0 else x[:1] for x in values[3:]]
+        return dict(zip(FLATS, [values[0], 0.1 * values[1], values[2] ** 2, *averages], strict=True))
 
     def gradients(self) -> list[np.ndarray]:
         """One a parameter, as the kernels take it."""
@@ -101,7 +104,7 @@ def run(library: ctypes.CDLL, case: Case, seed: int = 0, on: type[Host] | type[C
     outputs = [memory.put(np.full(1, np.nan, np.float32)) for _ in range(2)]
     workspace = memory.put(np.full(library.maskdiff_cuda_adamw_ema_workspace(), np.nan))
     explain = set_up(library, on, seed)
-    numbers = Numbers(*NUMBERS, *case.gammas)
+    numbers = Numbers(*NUMBERS, *case.gammas, case.every)
     code = library.maskdiff_cuda_adamw_ema(ctypes.byref(update), ctypes.byref(numbers), *outputs, workspace, 0, None)
     results = {}
     for name, array in arrays.items():
@@ -128,6 +131,8 @@ CASES = {
     "capped": Case((5, 9), gap=2_200_000),  # more elements than one sum of squares each for the most blocks
     **{f"{name}-shifted": Case((300, 17), low_size=317, two=True, shift=name) for name in (*FLATS, "low", "grads")},
     "halves-shifted": Case((300, 17), dtypes=(BF16, FP16), low_size=317, shift="grads"),
+    "due": Case((40, 17), two=True, gammas=(-1, 3.5), every=2),
+    "not-due": Case((300, 17), low_size=317, two=True, every=3),
     "bad": Case((300, 17), dtypes=(BF16, FP32), low_size=10, two=True, bad=np.nan),
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import maskdiff_kernels as mk
-from maskdiff_kernels.ops.adamw_ema import averages
+from maskdiff_kernels.ops.adamw_ema import averages, cpp
 from maskdiff_kernels.ops.adamw_ema.state import Update, flatten
 
 
@@ -34,6 +34,18 @@ def test_a_width_is_the_spread_of_what_an_average_is_made_of(sigma_rel):
     assert spread == pytest.approx(sigma_rel, rel=1e-3)  # steps of 1/4000
 
 
+@pytest.mark.parametrize("gamma", [averages.NO_POWER, 0.0, 6.94])
+@pytest.mark.parametrize("every", [1, 3, 10, 1000])
+def test_the_decays_of_several_updates_are_multiplied(every, gamma):
+    """Finite also at updates where it means nothing."""
+    seen = torch.arange(2 * every + 1, dtype=torch.float64)
+    single, found = ([averages.decay(k, 0.5, gamma, n) for k in seen] for n in (1, every))
+    assert torch.stack(found).isfinite().all()
+    for end in (every, 2 * every):
+        product = torch.stack(single[end - every + 1 : end + 1]).prod()
+        torch.testing.assert_close(found[end], product, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("gamma", [-0.1, math.inf, math.nan])
 def test_gammas_that_are_none(gamma):
     with pytest.raises(ValueError, match=f"^gamma: got {gamma}, takes 0 or more"):
@@ -54,3 +66,12 @@ def test_the_op_refuses_numbers_that_no_power_average_has(name, gamma):
     update = Update(*flatten(state, [torch.zeros(3)], torch.zeros(2), (0.9, 0.99), 1e-8, 0.0, 0.9, 0.9))
     with pytest.raises(ValueError, match=f"^{name}: got {gamma}, takes 0 to inf"):
         update._replace(**{name: gamma}).check()
+
+
+@pytest.mark.parametrize("every", [-1, 0])
+def test_the_compiled_code_refuses_what_divides_no_updates(every):
+    flats, counts = [torch.zeros(3) for _ in range(4)], [torch.zeros(()), torch.zeros(())]
+    state = mk.AdamState(*flats, *counts, offsets=[0], sizes=[3], decays=[True])
+    numbers = ((0.9, 0.99), 1e-8, 0.0, 0.9, 0.9, every)
+    with pytest.raises(ValueError, match="^maskdiff_cpu_adamw_ema: got an option that the compiled library does not"):
+        cpp.run(Update(*flatten(state, [torch.zeros(3)], torch.zeros(2), *numbers)))

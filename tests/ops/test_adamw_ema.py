@@ -2,6 +2,10 @@
 
 import dataclasses
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -87,7 +91,7 @@ class Plain:
 
     def __init__(self, state: mk.AdamState, dtype: torch.dtype, numbers: dict = NUMBERS) -> None:
         self.numbers = numbers
-        flats = {name: getattr(state, name) for name in FLATS}
+        flats = {name: flat for name in FLATS if (flat := getattr(state, name)) is not None}
         cut = {
             name: [flat[o : o + n].to(dtype, copy=True) for o, n in zip(state.offsets, state.sizes, strict=True)]
             for name, flat in flats.items()
@@ -101,7 +105,7 @@ class Plain:
         for i, p in enumerate(self.params):
             moments = {name: cut[name][i] for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": state.adam_step.to("cpu", copy=True), **moments}
-        self.emas = {"ema": cut["ema"], "ema2": cut["ema2"]}
+        self.emas = {name: cut[name] for name in ("ema", "ema2") if name in cut}
 
     def step(self, grads: list[Tensor], hyper: Tensor) -> Tensor:
         lr, bound = hyper.tolist()
@@ -115,12 +119,13 @@ class Plain:
             group["lr"] = lr
         self.optimizer.step()
         self.seen += 1
-        for name, averages in self.emas.items():
-            how = self.numbers[f"{name}_decay"]
+        every = self.numbers.get("ema_every", 1)
+        for name, averages in self.emas.items() if self.seen % every == 0 else ():
+            how, since = self.numbers[f"{name}_decay"], range(self.seen - every + 1, self.seen + 1)
             if isinstance(how, mk.PowerEma):
-                decay = (1 - 1 / self.seen) ** (how.gamma + 1)
+                decay = math.prod((1 - 1 / k) ** (how.gamma + 1) for k in since)
             else:
-                decay = min((1 + self.seen) / (10 + self.seen), how)
+                decay = math.prod(min((1 + k) / (10 + k), how) for k in since)
             for average, p in zip(averages, self.params, strict=True):
                 average.mul_(decay).add_(p.detach(), alpha=1 - decay)
         return norm
@@ -210,14 +215,15 @@ def test_every_implementation_makes_the_same_step(implementation):
             torch.testing.assert_close(getattr(state, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-6)
 
 
-def test_every_implementation_goes_the_same_way(implementation):
-    """Over 50 steps from the start of a run, left to itself."""
-    state = make((300, 17, 1000), BF16, gap=3)
+@pytest.mark.parametrize(("every", "two"), [(1, True), (3, True), (10, True), (10, False)])
+def test_every_implementation_goes_the_same_way(implementation, every, two):
+    """Over 50 steps from the start of a run, left to itself; the first average's decay is final from step 35 on."""
+    state = make((300, 17, 1000), BF16, gap=3, two=two)
     for count in (state.adam_step, state.ema_step):
         count.zero_()
     for moments in (state.exp_avg, state.exp_avg_sq):
         moments.zero_()
-    fixed = numbers_of(implementation, ema_decay=0.9, ema2_decay=mk.PowerEma.of_width(0.1))
+    fixed = numbers_of(implementation, ema_decay=0.8, ema2_decay=mk.PowerEma.of_width(0.1), ema_every=every)
     errors = Errors(state, fixed)
     for step in range(50):
         grads, numbers = gradients(state, step, (BF16, FP32)), hyper(step, 20.0 + step)  # norms are some 36
@@ -241,18 +247,66 @@ def test_decay_of_the_averages_rises(implementation, seen):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 6.94, 97.0, 1e4])
-@pytest.mark.parametrize("seen", [0, 1, 2, 6, 1000, 10_000_000])
-def test_decay_by_a_power_function(implementation, seen, gamma):
-    """(1 - 1/k)^(gamma + 1) at update k = seen + 1, of one average or the other; the share and the product round."""
-    share = 1.0 if seen == 0 else -math.expm1((gamma + 1) * math.log1p(-1 / (seen + 1)))
+@pytest.mark.parametrize(
+    ("seen", "every"), [*((k, 1) for k in (0, 1, 2, 6, 1000, 10_000_000)), (2, 3), (5, 3), (9_999_999, 1000)]
+)
+def test_decay_by_a_power_function(implementation, seen, every, gamma):
+    """(1 - every/k)^(gamma + 1) at update k = seen + 1, of one average or the other; share and product round."""
+    share = 1.0 if seen + 1 == every else -math.expm1((gamma + 1) * math.log1p(-every / (seen + 1)))
     for name, changes in (("ema", {"ema_decay": mk.PowerEma(gamma)}), ("ema2", {"ema2_decay": mk.PowerEma(gamma)})):
         state = make((33,))
         state.ema_step.fill_(seen)
         getattr(state, name).zero_()
-        mk.adamw_ema(state, gradients(state, 0), hyper(0), **NUMBERS | changes, backend=implementation)
+        fixed = NUMBERS | changes | {"ema_every": every}
+        mk.adamw_ema(state, gradients(state, 0), hyper(0), **fixed, backend=implementation)
         torch.testing.assert_close(getattr(state, name).double(), share * state.master.double(), rtol=2**-23, atol=0)
         other = {"ema": state.ema2, "ema2": state.ema}[name]
         assert not torch.equal(other, getattr(state, name))
+
+
+@pytest.mark.parametrize("every", [2, 1000])
+@pytest.mark.parametrize("two", [False, True])
+def test_averages_that_are_not_due_stay_as_they_are(implementation, every, two):
+    """Bit for bit, also what arithmetic would change, where kernels are to leave them alone; all else goes on as ever.
+    They have seen one update; of the four here the second is skipped, so for 2 the first and the last are due."""
+    state, fixed = make((300, 17, 1000), BF16, gap=3, two=two), NUMBERS | {"ema_every": every}
+    other, averages = clone(state), ("ema", "ema2") if two else ("ema",)
+    for step, bad in enumerate((False, True, False, False)):
+        if implementation in ("cpp", "cuda") and step > 0:
+            for name in averages:
+                getattr(state, name).view(torch.int32).fill_(0x7FA00001)  # a NaN that arithmetic makes another one
+        before, grads = clone(state), gradients(state, step, (BF16, FP32))
+        if bad:
+            grads[0][0] = math.nan
+        mk.adamw_ema(other, [grad.clone() for grad in grads], hyper(step), **NUMBERS, backend=implementation)
+        mk.adamw_ema(state, grads, hyper(step), **fixed, backend=implementation)
+        for name in averages:
+            left = torch.equal(*(getattr(x, name).view(torch.int32) for x in (state, before)))
+            assert left == (every == 1000 or step in (1, 2)), (step, name)
+        assert same_bits(*(dataclasses.replace(x, ema=x.master, ema2=None) for x in (state, other)))
+
+
+PROGRAM = """
+import ctypes, mmap, torch
+import maskdiff_kernels as mk
+memory = mmap.mmap(-1, 1 << 16)
+ema = torch.frombuffer(memory, dtype=torch.float32)
+libc = ctypes.CDLL(None)
+assert libc.mprotect(ctypes.c_void_p(ema.data_ptr()), ctypes.c_size_t(1 << 16), 0) == 0
+flats, counts = [torch.zeros(1 << 14) for _ in range(3)], [torch.zeros(()), torch.zeros(())]
+state = mk.AdamState(*flats, ema, *counts, offsets=[0], sizes=[1 << 14], decays=[True], ema2=ema)
+for step in range(3):
+    mk.adamw_ema(state, [flats[0] + 1], torch.ones(2), (0.9, 0.99), 1e-8, 0.0, 0.9, 0.9, ema_every=3, backend="cpp")
+    print(int(state.ema_step), flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", library.cpu_levels())
+def test_the_compiled_code_does_not_even_read_averages_that_are_not_due(name):
+    """They lie in memory that the process may not touch: the third update, for which they are due, is its end."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MASKDIFF_CPU_ISA": name}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.stdout == "1\n2\n" and done.returncode == -signal.SIGSEGV, done.stderr
 
 
 def test_power_function_averages_of_gamma_0_are_means(implementation):
@@ -396,9 +450,9 @@ def test_one_average_or_two(implementation):
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("low", [None, BF16, FP16])
-def test_every_level_and_thread_count_gives_the_same_bits(low):
-    start = make((70_001, 3, 16384, 9000, 30_000), low, gap=7)
+@pytest.mark.parametrize(("low", "every"), [(None, 1), (BF16, 3), (FP16, 1)])
+def test_every_level_and_thread_count_gives_the_same_bits(low, every):
+    start, fixed = make((70_001, 3, 16384, 9000, 30_000), low, gap=7), NUMBERS | {"ema_every": every}
     results = []
     for name in library.cpu_levels():
         for count in (1, 2, 3, 5):
@@ -407,7 +461,7 @@ def test_every_level_and_thread_count_gives_the_same_bits(low):
             with library.use_cpu_level(name):
                 norms = [
                     mk.adamw_ema(
-                        state, gradients(state, step, (FP32, BF16, FP16)), hyper(step, 2.0), **NUMBERS, backend="cpp"
+                        state, gradients(state, step, (FP32, BF16, FP16)), hyper(step, 2.0), **fixed, backend="cpp"
                     )[0]
                     for step in range(3)
                 ]
@@ -423,7 +477,7 @@ def test_every_level_and_thread_count_gives_the_same_bits(low):
 @pytest.mark.parametrize("low", [None, BF16])
 def test_opcheck(backend, low):
     state = make((7, 30), low, two=low is not None)
-    flat = flatten(state, gradients(state, 0), hyper(0, 1.0), *NUMBERS.values())
+    flat = flatten(state, gradients(state, 0), hyper(0, 1.0), *NUMBERS.values(), 2 if low is None else 1)
     torch.library.opcheck(torch.ops.maskdiff.adamw_ema.default, (*flat, backend))
 
 
@@ -431,7 +485,7 @@ def test_opcheck(backend, low):
 def test_fullgraph_compile(compiler):
     torch._dynamo.reset()
     compiled = torch.compile(mk.adamw_ema, fullgraph=True, backend=compiler)
-    state, fixed = make((7, 300), BF16), NUMBERS | {"ema2_decay": mk.PowerEma(3.0)}
+    state, fixed = make((7, 300), BF16), NUMBERS | {"ema2_decay": mk.PowerEma(3.0), "ema_every": 2}
     other = clone(state)
     for step in range(2):
         numbers = hyper(step, 1.0)
@@ -484,6 +538,8 @@ def test_the_update_counts_as_a_change_in_place():
         (ValueError, r"^weight_decay: got -0.1", {"weight_decay": -0.1}),
         (ValueError, r"^ema_decay: got 1.5, takes 0 to 1", {"ema_decay": 1.5}),
         (ValueError, r"^ema2_decay: got -1", {"ema2_decay": -1.0}),
+        (ValueError, r"^ema_every: got 0, takes 1 to 1000", {"ema_every": 0}),
+        (ValueError, r"^ema_every: got 1001", {"ema_every": 1001}),
     ],
 )
 def test_errors(backend, error, message, change):

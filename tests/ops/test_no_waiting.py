@@ -131,4 +131,4 @@ def test_adamw_ema(monkeypatch, run: Callable):
     flats = [torch.empty(20) for _ in range(5)]
     low, counts, grads = torch.empty(8, dtype=torch.bfloat16), [torch.empty(()) for _ in range(2)], [12, 8]
     layout = ([0, 12], [12, 8], [True, False], [torch.empty(count) for count in grads])
-    run(Update(*flats, low, *counts, *layout, torch.empty(2), 0.9, 0.99, 1e-8, 0.1, 0.999, 0.99, -1, 6.9))
+    run(Update(*flats, low, *counts, *layout, torch.empty(2), 0.9, 0.99, 1e-8, 0.1, 0.999, 0.99, -1, 6.9, 3))

@@ -82,7 +82,7 @@ def update(state, grads: list[torch.Tensor], said: str) -> None:
     """Makes the update; its error at most twice the reference's, plus one rounding."""
     state.tell(HYPER)
     averages = state.averages[0], state.averages[-1]
-    fixed = (state.config.betas, state.config.eps, state.config.weight_decay, *averages)
+    fixed = (state.config.betas, state.config.eps, state.config.weight_decay, *averages, state.config.ema_every)
     found = {}
     for exact in (torch.float64, torch.float32):
         flats = {f: getattr(state.adams[0], f).to(exact, copy=True) for f in ("master", "exp_avg", "exp_avg_sq", "ema")}

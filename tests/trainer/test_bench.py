@@ -56,6 +56,12 @@ def test_figures_follow_from_the_times(result):
     assert all(row["share"] is None and row["ideal"] == 1 for row in rows if row["kind"] == "dense")
 
 
+def test_averages_change_at_every_step():
+    """Else medians of ours would be of steps without, beside baselines with them."""
+    rare = dataclasses.replace(TINY, optim=dataclasses.replace(TINY.optim, ema_every=10))
+    assert bench.Bench(rare, 4, CPU, torch.float32).state.config == TINY.optim
+
+
 def test_a_range_of_rates(result):
     (row,) = (row for row in result["rows"] if row["range"])
     assert row["range"] == [0.2, 0.8] and row["rate"] == 0.5 and row["tokens"] == 9.5 and row["kind"] == "patch"

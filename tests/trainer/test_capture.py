@@ -94,7 +94,7 @@ def device(monkeypatch):
 
 def step_on(device, mask):
     """A step of any implementation that a device without values can run: the references."""
-    state, source, objective = setup(backend="reference", device=device)
+    state, source, objective = setup(backend="reference", device=device, ema_every=2)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     with NoWaiting(), NoReading():
         return train_step(state, source, objective, mask_of(mask), seed, BATCH, HYPERS[0])
@@ -220,8 +220,8 @@ def test_a_recorded_step_replays_as_eager_steps(mask, backend, dtype, monkeypatc
     if backend == "reference":
         monkeypatch.setenv("MASKDIFF_KERNELS", "reference")  # of attention and adamw_ema too
     mask, seed = mask_of(mask), SEED.clone()
-    state, source, objective = setup(dtype=dtype, backend=backend)
-    eager = setup(dtype=dtype, backend=backend)[0]
+    state, source, objective = setup(dtype=dtype, backend=backend, ema_every=2)
+    eager = setup(dtype=dtype, backend=backend, ema_every=2)[0]
     recorder, results = recorded(state, source, objective, mask, seed)
     for hyper in HYPERS:
         state.tell(hyper)

@@ -244,7 +244,7 @@ OTHER = {
     },
     "optim": {
         "betas": [0.5, 0.6], "eps": 0.1, "weight_decay": 0.2, "decay_all": True, "ema": 0.3, "ema2": "power:0.1",
-        "optimizer": "torch", "overlap": True,
+        "ema_every": 10, "optimizer": "torch", "overlap": True,
     },
     "stages": [
         {
@@ -369,6 +369,8 @@ def test_presets_are_valid(name):
         (["--data.flip", "1.5"], ["data.flip is 1.5"]),
         (["--data.label-dropout", "1"], ["data.label_dropout is 1"]),
         (["--optim.betas", "0.9", "1"], ["optim.betas"]),
+        (["--optim.ema-every", "0"], ["optim.ema_every is 0", "from 1 to 1000"]),
+        (["--optim.ema-every", "1001"], ["optim.ema_every is 1001"]),
         (["--optim.ema", "1"], ["optim.ema is 1.0", "from 0 to below 1", "power:0.1"]),
     ],
 )

@@ -173,6 +173,33 @@ def test_two_averages_follow_each_in_its_way():
     assert torch.equal(state.ema2, state.master) and torch.equal(state.ema, state.master)
 
 
+def test_averages_that_change_at_every_third_update():
+    """Also in a state that takes up what another saved in between; from fresh, the count starts anew."""
+    config, model = OptimConfig(ema=0.5, ema2="power:0.1", ema_every=3), Net()
+    state, single = FlatState(model, config), FlatState(Net(), OptimConfig(ema=0.5, ema2="power:0.1"))
+    for step in range(8):
+        before = state.ema.clone(), state.ema2.clone()
+        for trained in (state, single):
+            backward(trained.model, step)
+            adamw_ema(trained, trained.gradients(), Hyper(1e-2, 1.0))
+        changed = [not torch.equal(*pair) for pair in zip(before, (state.ema, state.ema2), strict=True)]
+        assert changed == [step in (2, 5)] * 2 and torch.equal(state.master, single.master)
+        if step == 2:  # the first change of a power function's average replaces all of its start
+            torch.testing.assert_close(state.ema2, state.master)
+            assert not torch.equal(single.ema2, single.master)
+        if step == 3:
+            saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+            state = FlatState(Net(seed=1), config)
+            state.load(saved)
+    state.fresh()
+    for step in range(3):
+        assert torch.equal(state.ema, state.master) == (step == 0)
+        start = state.ema.clone()
+        backward(state.model, step)
+        adamw_ema(state, state.gradients(), Hyper(1e-2, 1.0))
+        assert torch.equal(state.ema, start) == (step < 2)
+
+
 def test_a_second_average_is_saved_and_taken_up():
     config = OptimConfig(ema2="power:0.1")
     state, other, one = (FlatState(Net(), options) for options in (config, config, OptimConfig()))

@@ -55,8 +55,13 @@ def decay(
     seen: Tensor,  # [] float64
     final: float,
     gamma: float,  # NO_POWER: none
+    every: int = 1,
 ) -> Tensor:  # [] float64
-    """The decay of an average at its update number `seen`, a power function's at 0 as at 1; stays on the device."""
+    """The product of an average's decays at its update number `seen` and the every - 1 before; stays on the device.
+
+    Means nothing where `seen` is no multiple of `every`, or 0; but is finite there.
+    """
     if gamma != NO_POWER:
-        return (1 - 1 / seen.clamp(min=1)) ** (gamma + 1)
-    return torch.clamp((1 + seen) / (10 + seen), max=final)
+        return (1 - 1 / (seen / every).clamp(min=1)) ** (gamma + 1)  # ((seen - every) / seen)^(gamma + 1)
+    k = (seen - torch.arange(every, device=seen.device)).clamp(min=0)
+    return torch.clamp((1 + k) / (10 + k), max=final).prod()

@@ -46,9 +46,11 @@ def update_averages(
     u: Update,
     skipped: Tensor,  # [] float32: 1 where nothing is to change
 ) -> None:
-    """Lets the averages follow the masters; `ema_step` counts this update already."""
+    """Lets the averages follow the masters; `ema_step` counts this update already. Where they are not to change, their
+    share of the new is 0: they are read and written all the same, since the host does not know."""
+    due = u.due(u.ema_step) & (skipped == 0)
     for ema, decay in u.averages(u.ema_step):
-        ema.lerp_(u.master, ((1 - decay) * (1 - skipped)).float())
+        ema.lerp_(u.master, ((1 - decay) * due).float())
 
 
 def round_masters(

@@ -21,6 +21,7 @@ def adamw_ema(
     weight_decay: float,
     ema_decay: float | PowerEma,
     ema2_decay: float | PowerEma = 0.0,
+    ema_every: int = 1,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # [] float32, [] float32
     """Clips the gradients to a bound on their common norm, updates the weights by AdamW, then what follows from them:
@@ -36,6 +37,9 @@ def adamw_ema(
         betas, eps, weight_decay: AdamW's. Decay is that of the learning rate times the weight.
         ema_decay, ema2_decay: final decays of the averages. A decay rises to it as (1 + k) / (10 + k), k the updates
             that the average has seen, so that early averages are not stuck at the start. Or a PowerEma.
+        ema_every: the averages change at every so many of the updates that they see, 1 to 1000, and stay as they are at
+            the others: the compiled kernels then neither read nor write them. Such a change has the decays of all the
+            updates since the last one, multiplied. Counts are exact up to 2^24 updates: longer runs take 1.
         backend: "auto", "cpp", "cuda", "torch", "apex" or "reference".
 
     Returns:
@@ -48,7 +52,8 @@ def adamw_ema(
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; the skip is PyTorch's `found_inf`.
     """
-    return _adamw_ema(*flatten(state, grads, hyper, betas, eps, weight_decay, ema_decay, ema2_decay), backend)
+    numbers = (betas, eps, weight_decay, ema_decay, ema2_decay, ema_every)
+    return _adamw_ema(*flatten(state, grads, hyper, *numbers), backend)
 
 
 def _run(*arguments):

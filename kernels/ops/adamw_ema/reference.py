@@ -25,10 +25,11 @@ def run(u: Update) -> tuple[Tensor, Tensor]:
         decayed = master * u.weight_decay if decays else 0
         for old, new in ((exp_avg, m), (exp_avg_sq, v), (master, master - lr * (step + decayed))):
             old.copy_(torch.where(finite, new, old))
+    due = finite & u.due(seen)
     for ema, decay in u.averages(seen):
         keep, take = decay.to(dtype), (1 - decay).to(dtype)
         for old, master in zip(u.parts(ema), u.parts(u.master), strict=True):
-            old.copy_(torch.where(finite, keep * old + take * master, old))
+            old.copy_(torch.where(due, keep * old + take * master, old))
     if u.low is not None:
         u.low.copy_(torch.where(finite, u.master[: u.low.shape[0]].to(u.low.dtype), u.low))
     u.adam_step.add_(finite)

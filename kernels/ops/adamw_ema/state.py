@@ -11,12 +11,13 @@ from maskdiff_kernels.ops import checks
 from maskdiff_kernels.ops.adamw_ema.averages import NO_POWER, PowerEma, decay, numbers
 
 LOW = (torch.bfloat16, torch.float16)
+MOST_EVERY = 1000  # updates between those at which averages are taken up
 
 SCHEMA = (
     "Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) ema, Tensor(e!)? ema2, Tensor(f!)? low,"
     " Tensor(g!) adam_step, Tensor(h!) ema_step, int[] offsets, int[] sizes, bool[] decays, Tensor(i!)[] grads,"
     " Tensor hyper, float beta1, float beta2, float eps, float weight_decay, float ema_decay, float ema2_decay,"
-    " float ema_gamma, float ema2_gamma"
+    " float ema_gamma, float ema2_gamma, int ema_every"
 )
 
 
@@ -62,6 +63,7 @@ class Update(NamedTuple):
     ema2_decay: float
     ema_gamma: float
     ema2_gamma: float
+    ema_every: int = 1
 
     def parts(self, flat: Tensor) -> list[Tensor]:
         """The parameters' parts of a flat buffer, each [size]."""
@@ -71,10 +73,17 @@ class Update(NamedTuple):
         self,
         seen: Tensor,  # []
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The averages that there are, each with its decay [] float64 at update number `seen` of theirs."""
-        yield self.ema, decay(seen.double(), self.ema_decay, self.ema_gamma)
+        """The averages that there are, each with its decay [] float64 at update number `seen` of theirs, where due."""
+        yield self.ema, decay(seen.double(), self.ema_decay, self.ema_gamma, self.ema_every)
         if self.ema2 is not None:
-            yield self.ema2, decay(seen.double(), self.ema2_decay, self.ema2_gamma)
+            yield self.ema2, decay(seen.double(), self.ema2_decay, self.ema2_gamma, self.ema_every)
+
+    def due(
+        self,
+        seen: Tensor,  # []
+    ) -> Tensor:  # [] bool
+        """Whether the averages are to change at update number `seen` of theirs."""
+        return seen % self.ema_every == 0
 
     def written(self) -> list[Tensor]:
         """The state's tensors."""
@@ -107,6 +116,7 @@ class Update(NamedTuple):
                 checks.number(name, getattr(self, name), 0, float("inf"))
         for name in ("eps", "weight_decay"):
             checks.number(name, getattr(self, name), 0, float("inf"))
+        checks.number("ema_every", self.ema_every, 1, MOST_EVERY)
 
     def _check_layout(self, size: int) -> None:
         count, end = len(self.offsets), 0
@@ -145,6 +155,7 @@ def flatten(
     weight_decay: float,
     ema_decay: float | PowerEma,
     ema2_decay: float | PowerEma,
+    ema_every: int = 1,
 ) -> tuple[Any, ...]:
     """The arguments of SCHEMA, which are those of Update."""
     if isinstance(grads, Tensor):
@@ -154,5 +165,5 @@ def flatten(
     return (
         state.master, state.exp_avg, state.exp_avg_sq, state.ema, state.ema2, state.low, state.adam_step,
         state.ema_step, state.offsets, state.sizes, state.decays, grads, hyper, *betas, eps, weight_decay, decay1,
-        decay2, gamma1, gamma2,
+        decay2, gamma1, gamma2, ema_every,
     )  # fmt: skip
