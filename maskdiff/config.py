@@ -308,6 +308,12 @@ def validate(config: Config) -> None:
         raise UserError("the run has no stages; give --stages, for example 'patch:0.75 x1000, dense x1000'")
     for number, stage in enumerate(config.stages):
         _check_stage(number, stage, config)
+    steps = [stage.steps for stage in config.stages]
+    if None not in steps and (most := sum(n or 0 for n in steps)) < config.optim.ema_every:
+        raise UserError(
+            f"optim.ema_every is {config.optim.ema_every}, but the run has {most} steps: its averages would never "
+            "leave the start; give less"
+        )
 
 
 def _check_ranges(config: Config) -> None:

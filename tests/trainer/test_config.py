@@ -350,6 +350,10 @@ def test_presets_are_valid(name):
         (["--stages.1.tokens", "50"], ["stages.1", "50 tokens a step", "66 tokens", "t66"]),
         (["--stages.1.lr", "0"], ["stages.1.lr is 0"]),
         (["--stages.1.clip", "0"], ["stages.1.clip", "or none"]),
+        (
+            ["--optim.ema-every", "25", "--stages", "dense x20 b8, dense x4 b8"],
+            ["optim.ema_every is 25", "has 24 steps", "give less"],
+        ),
         (["--optim.overlap", "--stages.0.clip", "none"], ["stages.1.clip is 1.0", "optim.overlap", "one of the two"]),
         (["--stages.1.warmup", "-1"], ["stages.1.warmup"]),
         (["--stages.1.cool", "2"], ["stages.1.cool is 2"]),

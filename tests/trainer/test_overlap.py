@@ -28,7 +28,9 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("options", [{"ema_every": 3}, {"ema2": "power:0.1"}, {"optimizer": "torch"}, {"optimizer": "reference"}])
+@pytest.mark.parametrize(
+    "options", [{"ema_every": 3}, {"ema2": "power:0.1"}, {"optimizer": "torch"}, {"optimizer": "reference"}]
+)
 def test_the_same_bits(dtype, options):
     early, late, source, objective = states(dtype, **options)
     assert len(early.adams) == BLOCKS + 1 and len(late.adams) == 1
