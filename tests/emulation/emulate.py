@@ -1,6 +1,7 @@
 """Builds CUDA sources for the emulator (g++) or for GPUs (nvcc), and runs scripts with a sanitizer's library loaded."""
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -66,13 +67,15 @@ def _compile(name: str, command: list[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     everything = f"{hash_sources(ROOT / 'csrc')} {hash_sources(HERE)} {' '.join(command)}"
     library = folder / f"{name}-{hashlib.sha256(everything.encode()).hexdigest()[:16]}.so"
-    if not library.is_file():
-        for old in (*folder.glob(f"{name}-*.so"), *folder.glob(f"{name}-*.txt")):
-            old.unlink()
-        done = subprocess.run([*command, "-o", f"{library}.new"], capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
-        library.with_suffix(".txt").write_text(done.stdout + done.stderr)
-        os.replace(f"{library}.new", library)
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the tests may be compiling it
+        if not library.is_file():
+            for old in (*folder.glob(f"{name}-*.so"), *folder.glob(f"{name}-*.txt")):
+                old.unlink()
+            done = subprocess.run([*command, "-o", f"{library}.new"], capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+            library.with_suffix(".txt").write_text(done.stdout + done.stderr)
+            os.replace(f"{library}.new", library)
     return library
 
 
