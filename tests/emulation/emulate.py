@@ -21,10 +21,10 @@ DEFINES = ['-DMASKDIFF_SOURCE_VERSION="of the tests"', '-DMASKDIFF_CUDA_ARCHS="e
 COMMON = ["-std=c++17", "-fno-strict-aliasing", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMMON += ["-Wno-unknown-pragmas", "-Wno-unused-function", "-ffp-contract=off", "-DISA=emulated"]
 COMMON += [f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
-SANITIZERS = {
+SANITIZERS = {  # -Og -g1, lines alone in reports: compiled in half the time of -O1 -g, and as fast
     "": ["-O2", "-fopenmp"],
-    "address": ["-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],  # no OpenMP: its runtime is not instrumented
+    "address": ["-Og", "-g1", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-Og", "-g1", "-fsanitize=thread"],  # no OpenMP: its runtime is not instrumented
 }
 NVCC = ["nvcc", "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-DISA=cuda", *DEFINES]
 PRELOAD = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
