@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """`make test` has two workers, each of which takes the next whole file when it is done with one: most tests keep
     one core busy. The longest files come first, so that both workers end at about the same time."""
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if f"/{name}.py" in str(item.path)), 99))
+        items.sort(key=lambda item: [f"/{name}.py" not in str(item.path) for name in LONGEST])
 
 
 @pytest.fixture
