@@ -38,7 +38,7 @@ train: build
 	echo "samples: $$out/samples.png"
 
 test: .venv/.installed-test lint types build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 mutants: .venv/.installed-test
 	$(BIN)/python tests/mutants.py

@@ -132,7 +132,7 @@ def test_a_wrong_wrapper_is_named(monkeypatch, capsys):
 
     monkeypatch.setattr(conformance.Checks, "products", wrong)
     monkeypatch.setattr(conformance.Checks, "copies", lambda self: None)
-    path = emulate.build("emulated", [emulate.HERE / "wrappers.cu", emulate.EXPORTS])
+    path = emulate.build("card-wrappers", [emulate.HERE / "wrappers.cu", emulate.EXPORTS])
     monkeypatch.setattr("sys.argv", ["conformance.py", str(path), "--seeds=1", "--only=products,copies"])
     assert conformance.main() == 1
     out = capsys.readouterr().out

@@ -264,7 +264,7 @@ extern "C" __attribute__((visibility("default"))) int maskdiff_cpu_attention_bac
 def test_vectors_of_sixteen(tmp_path, monkeypatch):
     """The code of AVX-512, its sixteen lanes made of narrower vectors: on any processor."""
     (tmp_path / "entry.cpp").write_text(ENTRY)
-    flags = "-O1 -std=c++17 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
+    flags = "-Og -std=c++17 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
     command = ["c++", *flags.split(), "-DISA=wide", "-DMASKDIFF_WIDTH=16", "-I", str(ROOT / "csrc")]
     if library.cpu_level() != "baseline":
         command += ["-mavx2", "-mfma"]

@@ -1,6 +1,7 @@
 """FlatState and adamw_ema against plain PyTorch: values, skipping, rounding, borrowing, saving."""
 
-import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -272,20 +273,30 @@ def test_masters_need_float32_weights():
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages for the asking"
 )
 def test_large_buffers_ask_for_huge_pages_and_small_ones_do_not():
-    def asked(flat: torch.Tensor) -> bool:
-        inside = False
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
-                inside = int(found[1], 16) <= flat.data_ptr() < int(found[2], 16)
-            elif inside and line.startswith("VmFlags"):
-                return "hg" in line.split()
-        raise AssertionError("no mapping holds the buffer")
+    """In a process of its own: where other tests' large arrays lay, which NumPy asks huge pages for, small ones may."""
+    code = """
+import re, torch
+from torch import nn
+from maskdiff.config import OptimConfig
+from maskdiff.optim import FlatState
 
-    state = FlatState(nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 8)), OptimConfig(ema2=0.9), torch.bfloat16)
-    buffers = [getattr(state, part) for part in state.parts] + [state.low]
-    assert len(buffers) == 6 and all(map(asked, buffers))
-    assert not state.exp_avg.any() and state.exp_avg.is_contiguous()
-    assert not asked(FlatState(nn.Linear(4, 4), OptimConfig()).master)
+def asked(flat):
+    inside = False
+    for line in open("/proc/self/smaps"):
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= flat.data_ptr() < int(found[2], 16)
+        elif inside and line.startswith("VmFlags"):
+            return "hg" in line.split()
+    raise AssertionError("no mapping holds the buffer")
+
+state = FlatState(nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 8)), OptimConfig(ema2=0.9), torch.bfloat16)
+buffers = [getattr(state, part) for part in state.parts] + [state.low]
+assert len(buffers) == 6 and all(map(asked, buffers))
+assert not state.exp_avg.any() and state.exp_avg.is_contiguous()
+assert not asked(FlatState(nn.Linear(4, 4), OptimConfig()).master)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_buffers_without_huge_pages(monkeypatch):
