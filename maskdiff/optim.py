@@ -131,8 +131,7 @@ class FlatState(Generic[M]):
         block_of = [blocks.get(segment.name) if segment.low and config.overlap else None for segment in self.segments]
         starts = [i for i, block in enumerate(block_of) if i == 0 or block != block_of[i - 1]]
         self.spans = [range(*ends) for ends in pairwise([*starts, len(self.segments)])]  # of segments, one of each adam
-        # Updates made, skipped ones not counted, and those that the averages have seen. What the last part has seen is
-        # what counts: the others start a step from there.
+        # Updates made, skipped ones not counted, and those that the averages have seen, by part: the last one's count.
         self.counts = torch.zeros(2, len(self.spans), device=device)
         self.adam_step, self.ema_step = self.counts[:, -1]
         self.adams = [self._adam(span, *counts) for span, counts in zip(self.spans, self.counts.T, strict=True)]
@@ -183,6 +182,11 @@ class FlatState(Generic[M]):
             raise ValueError("a clip takes the norm of all gradients: it does not go with optim.overlap")
         self.hyper[0].fill_(hyper.lr)
         self.hyper[1].fill_(math.inf if hyper.clip is None else hyper.clip)
+
+    def level_counts(self) -> None:
+        """Has the parts of the next update start from what the last one of them has counted."""
+        if len(self.adams) > 1:
+            self.counts[:, :-1] = self.counts[:, -1:]
 
     def made_step(self, samples: int) -> None:
         """Counts on the host a step that the device was given, of so many samples."""
@@ -297,7 +301,7 @@ def adamw_ema(state: FlatState, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor
     Returns (gradient norm before clipping [] float32, skipped [] float32: 1 where a gradient was not finite; then
     nothing changed, or nothing of that block where `state` is updated block by block). Never waits for the device.
     """
-    state.counts[:, :-1] = state.counts[:, -1:]
+    state.level_counts()
     return _both([_update(state, part, grads[span.start : span.stop]) for part, span in enumerate(state.spans)])
 
 
@@ -344,7 +348,7 @@ class Updating:
 
     def __enter__(self) -> "Updating":
         state = self.state
-        state.counts[:, :-1] = state.counts[:, -1:]
+        state.level_counts()
         for part, span in enumerate(state.spans[:-1]):
             missing = set(span)
             for number in span:

@@ -6,7 +6,7 @@ from typing import Any
 LABELS = {
     "maskdiff": "maskdiff",
     "maskdiff-own": "maskdiff, own kernels throughout",
-    "maskdiff-overlap": "maskdiff, own kernels, updates in the backward pass",
+    "maskdiff-overlap": "maskdiff, own kernels, updates overlapped",
     "maskdiff-fused": "maskdiff, own kernels, blocks compiled",
     "strong": "plain PyTorch, strong",
     "compiled": "plain PyTorch, strong, compiled",

@@ -69,7 +69,7 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         trainer("overlap"),
         (
             ("        for hook in self.hooks:\n            hook.remove()\n", ""),
-            ("        state.counts[:, :-1] = state.counts[:, -1:]\n        for part", "        for part"),
+            ("        state.level_counts()\n        for part", "        for part"),
             ("        if not missing:\n", "        if len(missing) < 2:\n"),
             ("                self.read += grads\n", ""),
             ("current_stream(self.state.beside.device).wait_stream(self.state.beside)", "current_stream(0)"),
