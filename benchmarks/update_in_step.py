@@ -41,9 +41,8 @@ def main() -> None:
     dtype = precision.resolve_precision(options.precision, device)
     config, stands = presets.get(options.preset), {}
     for form, changes in FORMS.items():
-        optim = replace(config.optim, **changes)
-        stands[form] = bench.Bench(replace(config, optim=optim), options.batch, device, dtype)
-        stands[form].state.config = optim  # a Bench takes averages up at every step
+        other = replace(config, optim=replace(config.optim, **changes))
+        stands[form] = bench.Bench(other, options.batch, device, dtype)
     machine = measure.machine(device)
     print(f"{options.preset}, batch {options.batch}, {str(dtype).removeprefix('torch.')}, {machine['processor']}")
     print("mask  form             ms   ratio (20th to 80th percentile)  peak MB")

@@ -36,9 +36,7 @@ class Bench:
 
     def __init__(self, config: Config, batch: int, device: torch.device, dtype: torch.dtype, backend: str = "auto"):
         model_config = replace(config.model, classes=())
-        # Averages at every step, as the baselines have them: a median would not show steps that are few.
-        self.config = replace(config, optim=replace(config.optim, ema_every=1))
-        self.model_config, self.batch = model_config, batch
+        self.config, self.model_config, self.batch = config, model_config, batch
         self.device, self.dtype = device, dtype
         generator = torch.Generator().manual_seed(0)
         shape = (IMAGES, model_config.patches, model_config.patch_dim)
@@ -54,7 +52,7 @@ class Bench:
         torch.manual_seed(0)
         with device:  # where weights are drawn fast
             model = UViT(model_config)
-        self.state = FlatState(model, self.config.optim, dtype)
+        self.state = FlatState(model, config.optim, dtype)
 
     def mask(self, text: str, batch: int | None = None) -> Mask:
         return masking.resolve(masking.parse_mask(text), self.model_config.grid, batch or self.batch)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import types
 from collections.abc import Mapping
@@ -41,7 +42,7 @@ class OptimConfig:
     optimizer: Literal["auto", "cpp", "cuda", "torch", "apex", "reference"] = "auto"
     """what computes the update"""
     overlap: bool = False
-    """updates each block as soon as the backward pass has left its gradients, on a GPU beside it; takes no clip"""
+    """updates a block as soon as the backward pass has left its gradients: less memory; on a GPU beside it; no clip"""
 
     def averages(self) -> list[float | PowerEma]:
         """The decay of `ema` and, where there is one, of `ema2`. Raises UserError for what is none."""
@@ -102,7 +103,7 @@ class Config:
     time_budget: float | str | None = None
     """training time in all, 2h, 30m, 90s or minutes, which stages share in proportion to their own; none: their own"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the device multiplies it natively and no slower than fp32, else fp32"""
+    """auto: bf16 where the device has it natively, unless a CPU multiplies fp32 1.25x faster; else fp32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
     compile: bool = False
@@ -308,12 +309,15 @@ def validate(config: Config) -> None:
         raise UserError("the run has no stages; give --stages, for example 'patch:0.75 x1000, dense x1000'")
     for number, stage in enumerate(config.stages):
         _check_stage(number, stage, config)
-    steps = [stage.steps for stage in config.stages]
-    if None not in steps and (most := sum(n or 0 for n in steps)) < config.optim.ema_every:
-        raise UserError(
-            f"optim.ema_every is {config.optim.ema_every}, but the run has {most} steps: its averages would never "
-            "leave the start; give less"
-        )
+    since = 0.0  # steps since the averages started; a stage given in minutes has enough
+    for number, stage in enumerate(config.stages):
+        since = (0 if stage.fresh else since) + (math.inf if stage.steps is None else stage.steps)
+        last = number + 1 == len(config.stages) or config.stages[number + 1].fresh
+        if last and since < config.optim.ema_every:
+            raise UserError(
+                f"optim.ema_every is {config.optim.ema_every}, but the averages that end with stages.{number} have "
+                f"{since:g} steps: they would never leave their start; give {since:g} or less"
+            )
 
 
 def _check_ranges(config: Config) -> None:
@@ -385,7 +389,7 @@ def _check_stage(number: int, stage: Stage, config: Config) -> None:
     if config.optim.overlap and stage.clip is not None:
         raise UserError(
             f"{key}.clip is {stage.clip}, which takes the norm of all gradients, and optim.overlap updates blocks "
-            "before all of them are there; give one of the two"
+            f"before all of them are there; give --{key}.clip none, or leave optim.overlap out"
         )
     if stage.cool and stage.decay == "cosine":
         raise UserError(f"{key} has decay cosine and cool {stage.cool}; give one of the two")

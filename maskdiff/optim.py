@@ -337,14 +337,16 @@ class Updating:
             loss.backward()
         norm, skipped = update.finish()
 
-    Same bits as adamw_ema after the backward pass, gradient norm apart.
+    Same bits as adamw_ema after the backward pass, gradient norm apart. A block whose gradients are not finite is left
+    alone by itself. Where the backward pass fails half-way, the blocks that it had left are updated. On a CPU gradients
+    are dropped on the way.
     """
 
     def __init__(self, state: FlatState) -> None:
         self.state = state
         self.results: dict[int, tuple[Tensor, Tensor]] = {}
         self.hooks: list[Any] = []
-        self.read: list[Tensor] = []  # gradients that a stream beside may still read: no memory for the backward pass
+        self.read: list[Tensor] = []  # gradients that the stream beside may still read: no memory for the backward pass
 
     def __enter__(self) -> "Updating":
         state = self.state
@@ -372,7 +374,7 @@ class Updating:
     def __exit__(self, *error: object) -> None:
         for hook in self.hooks:
             hook.remove()
-        if self.state.beside is not None:
+        if self.read and self.state.beside is not None:
             torch.cuda.current_stream(self.state.beside.device).wait_stream(self.state.beside)
         self.read.clear()
 

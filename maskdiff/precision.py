@@ -33,8 +33,8 @@ def has_native_bf16(device: torch.device) -> bool:
 
 @functools.cache
 def _fp32_is_faster() -> bool:
-    """Whether this processor multiplies float32 faster than bf16, though it has instructions for both: Intel's without
-    AMX, which virtual machines may hide, do. By one thread's own time, in turns, so that other jobs do not count."""
+    """Whether this processor multiplies float32 faster than bf16, though it has instructions for both: so did an Intel
+    Xeon whose AMX a virtual machine hid. By one thread's own time, in turns, so that other jobs do not count."""
     threads, best = torch.get_num_threads(), {torch.float32: math.inf, torch.bfloat16: math.inf}
     torch.set_num_threads(1)
     try:

@@ -143,7 +143,7 @@ def dtype_of(asked: str | None, meta: dict[str, Any], device: torch.device) -> t
     if asked is not None:
         return precision.resolve_precision(asked, device)
     trained = (meta.get("environment") or {}).get("dtype")
-    return precision.resolve_precision("auto", device, "float32" if trained == "float32" else None)
+    return precision.resolve_precision("auto", device, trained)
 
 
 def sampler_of(options: argparse.Namespace, loaded: LoadedRun, labels: Tensor | None) -> Sampler:

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _planned(path: Path, chosen: dict[str, Any], saved: dict[str, Any] | None) -> tuple[dict[str, Any], Times]:
     """The whole plan: of a study that has begun, with its cells as they are and new ones behind."""
-    config = asking.configured(path, "sweep", chosen["rest"])
+    config = asking.configured(path, "sweep", chosen["rest"], saved)
     packed = study.packed_of(config)
     config = training.fit_to_data(config, packed)
     courses = _courses(chosen, config)

@@ -105,7 +105,7 @@ class _Training:
         if not resume:
             check_new_run(self.path)
         self.device = precision.resolve_device(config.device)
-        begun = resume and checkpoint.listing(self.path)
+        begun = resume and self.device.type == "cpu" and checkpoint.listing(self.path)
         before = checkpoint.read_meta(checkpoint.latest(self.path))["environment"]["dtype"] if begun else None
         self.dtype = precision.resolve_precision(config.precision, self.device, before)
         kernels(config.optim, self.device)  # what cannot run is said before data are made ready

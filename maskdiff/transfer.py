@@ -84,7 +84,7 @@ def _planned(path: Path, chosen: dict[str, Any], saved: dict[str, Any] | None) -
     if not 0 < chosen["finetune"] < 1 or not all(shares):
         raise UserError("--shares and --finetune take shares above 0; --finetune is below 1, the rest is pre-training")
     specs = _pairs(chosen)
-    sets = _sets(path, [spec for pair in specs for spec in reversed(pair)], chosen["rest"])
+    sets = _sets(path, [spec for pair in specs for spec in reversed(pair)], chosen["rest"], saved)
     pairs = [(sets[source], sets[target]) for source, target in specs]
     usual = pairs[0][1]
     sampler = asking.sampler(chosen, usual.config)
@@ -130,12 +130,12 @@ def _pairs(chosen: dict[str, Any]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pairs))
 
 
-def _sets(path: Path, specs: list[str], rest: list[str]) -> dict[str, Images]:
+def _sets(path: Path, specs: list[str], rest: list[str], saved: dict[str, Any] | None) -> dict[str, Images]:
     """The sets of images by what names them. Raises UserError where a model of one would not fit another."""
     found: dict[str, Images] = {}
     for spec in dict.fromkeys(specs):
         size = ["--model.image-size", str(Manifest.read(Path(spec)).image_size)] if is_packed(Path(spec)) else []
-        config = asking.configured(path, "transfer", [*rest, "--data", spec, *size])
+        config = asking.configured(path, "transfer", [*rest, "--data", spec, *size], saved)
         if config.data.subset is not None:
             raise UserError("data.subset: --shares says of how many of the target's images; leave it out")
         if config.init is not None:

@@ -65,6 +65,20 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     (
+        "maskdiff/study/asked.py",
+        trainer("precision"),
+        (('if config.precision == "auto" and saved is not None:', "if False:"),),
+    ),
+    ("maskdiff/sample.py", trainer("precision"), (('"auto", device, trained)', '"auto", device)'),)),
+    (
+        "maskdiff/config.py",
+        trainer("config"),
+        (
+            ("since = (0 if stage.fresh else since) +", "since = since +"),
+            ("or config.stages[number + 1].fresh", ""),
+        ),
+    ),
+    (
         "maskdiff/optim.py",
         trainer("overlap"),
         (
@@ -72,6 +86,7 @@ TRAINER: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
             ("        state.level_counts()\n        for part", "        for part"),
             ("        if not missing:\n", "        if len(missing) < 2:\n"),
             ("                self.read += grads\n", ""),
+            ("if self.read and self.state.beside is not None", "if self.state.beside is not None"),
             ("current_stream(self.state.beside.device).wait_stream(self.state.beside)", "current_stream(0)"),
             ("beside.wait_stream(torch.cuda.current_stream(beside.device))", "pass"),
             ("return torch.linalg.vector_norm(norms), skipped.amax()", "return norms.sum(), skipped.amax()"),

@@ -130,10 +130,10 @@ def settled(
     return chosen
 
 
-def configured(path: Path, kind: str, rest: list[str]) -> Config:
+def configured(path: Path, kind: str, rest: list[str], saved: dict[str, Any] | None) -> Config:
     """What maskdiff.train would train with such options; the stages of its preset are the pattern of all.
 
-    The precision is settled, so that cells on other machines have the same.
+    The precision is settled, by the study where it has begun, so that cells on other machines have the same.
     """
     command = options.parse([*rest, "--out", str(path / "cell")])
     if command.text is not None or command.resume:
@@ -144,6 +144,8 @@ def configured(path: Path, kind: str, rest: list[str]) -> Config:
             raise UserError(
                 f"--{key.replace('_', '-')}: the lengths of a study's cells follow from --seconds or --budget"
             )
+    if config.precision == "auto" and saved is not None:
+        return dataclasses.replace(config, precision=saved["precision"])
     dtype = precision.resolve_precision(config.precision, precision.resolve_device(config.device))
     return dataclasses.replace(config, precision="bf16" if dtype == torch.bfloat16 else "fp32")
 

@@ -352,9 +352,14 @@ def test_presets_are_valid(name):
         (["--stages.1.clip", "0"], ["stages.1.clip", "or none"]),
         (
             ["--optim.ema-every", "25", "--stages", "dense x20 b8, dense x4 b8"],
-            ["optim.ema_every is 25", "has 24 steps", "give less"],
+            ["optim.ema_every is 25", "end with stages.1 have 24", "give 24 or less"],
         ),
-        (["--optim.overlap", "--stages.0.clip", "none"], ["stages.1.clip is 1.0", "optim.overlap", "one of the two"]),
+        (["--optim.ema-every", "9", "--stages", "dense x20 b8, dense x8 b8 fresh"], ["with stages.1 have 8 steps"]),
+        (["--optim.ema-every", "9", "--stages", "dense x8 b8, dense x9 b8 fresh"], ["with stages.0 have 8 steps"]),
+        (
+            ["--optim.overlap", "--stages.0.clip", "none"],
+            ["stages.1.clip is 1.0", "optim.overlap", "give --stages.1.clip none"],
+        ),
         (["--stages.1.warmup", "-1"], ["stages.1.warmup"]),
         (["--stages.1.cool", "2"], ["stages.1.cool is 2"]),
         (["--stages.1.cool", "0.5", "--stages.1.decay", "cosine"], ["decay cosine and cool 0.5"]),

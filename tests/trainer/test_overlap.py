@@ -71,6 +71,32 @@ def test_blocks_are_updated_while_the_backward_pass_goes_on(monkeypatch):
     assert all(p.grad is None for p in early.params)
 
 
+@pytest.mark.parametrize("by_hand", [True, False], ids=["whole", "parts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_nothing_reads_the_weights_of_a_block_after_its_update(monkeypatch, dtype, by_hand):
+    """They become NaN there: all gradients stay what they are without."""
+    if not by_hand:
+        monkeypatch.setattr("maskdiff.whole_block.takes", lambda block, x: False)
+    early, late, source, objective = states(dtype)
+    update, seen = optim._update, []
+
+    def poisoned(state, part, grads):
+        seen.append([grad.clone() for grad in grads])
+        result = update(state, part, grads)
+        for number in state.spans[part]:
+            state.params[number].data.fill_(torch.nan)
+        return result
+
+    place = source, objective, mask_of("patch:0.5"), SEED, BATCH, Hyper(0.0, None)
+    monkeypatch.setattr(optim, "_update", poisoned)
+    train_step(early, *place)
+    train_step(late, *place)
+    *blocks, rest, every = seen
+    gradients = [grad for block in reversed(blocks) for grad in block] + rest
+    assert len(blocks) == BLOCKS and all(torch.equal(*pair) for pair in zip(gradients, every, strict=True))
+    assert all(grad.isfinite().all() for grad in every)
+
+
 def test_nonfinite_gradients_of_a_block_leave_that_block_alone():
     early, _, source, objective = states()
     place = source, objective, mask_of("patch:0.5"), SEED, BATCH, Hyper(1e-2, None)
@@ -111,12 +137,16 @@ def test_micro_batches_update_at_the_end():
         same(early, late)
 
 
-@pytest.mark.parametrize("how", ["recompute", "kept"])
+@pytest.mark.parametrize("how", ["recompute", "kept", "compile"])
 def test_other_ways_of_a_step(how):
     early, late, source, objective = states()
     place = source, objective, mask_of("patch:0.5"), SEED, BATCH, Hyper(1e-3, None)
     if how == "recompute":
         early.model.recompute = late.model.recompute = True
+    elif how == "compile":
+        for state in (early, late):
+            for block in state.model.blocks:
+                block.compile(backend="aot_eager")
     else:
         with early.kept():
             train_step(early, *place)
@@ -192,6 +222,15 @@ def test_order_of_streams_on_a_gpu(monkeypatch):
     monkeypatch.undo()
     train_step(late, *place)
     same(early, late)
+
+
+def test_a_stream_that_was_never_begun_is_not_waited_for(monkeypatch):
+    """A CUDA graph takes that amiss, and would hide why the step failed."""
+    early, *_ = states()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: pytest.fail("waits"))
+    early.beside = object()
+    with pytest.raises(ZeroDivisionError), Updating(early):
+        raise ZeroDivisionError
 
 
 def test_memory_of_gradients_is_held_while_a_stream_reads_them(monkeypatch):

@@ -8,6 +8,8 @@ import torch
 from maskdiff import checkpoint, precision, training
 from maskdiff.errors import UserError
 from maskdiff.options import parse
+from maskdiff.sample import dtype_of
+from maskdiff.study import asked
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -30,6 +32,26 @@ def test_auto(monkeypatch, native, fp32_is_faster, before, expected):
     else:
         with pytest.raises(UserError, match="no bf16 matrix products"):
             precision.resolve_precision("bf16", CPU, before)
+
+
+def test_samples_are_drawn_in_what_a_run_trained_in(monkeypatch):
+    monkeypatch.setattr(precision, "has_native_bf16", lambda device: True)
+    for fp32_is_faster, otherwise in ((True, FP32), (False, BF16)):
+        monkeypatch.setattr(precision, "_fp32_is_faster", lambda: fp32_is_faster)  # noqa: B023  called at once
+        for trained, expected in (("bfloat16", BF16), ("float32", FP32), (None, otherwise)):
+            meta = {} if trained is None else {"environment": {"dtype": trained}}
+            assert dtype_of(None, meta, CPU) == expected and dtype_of("fp32", meta, CPU) == FP32
+
+
+def test_a_study_goes_on_in_what_it_was_begun_in(monkeypatch, tmp_path):
+    monkeypatch.setattr(precision, "has_native_bf16", lambda device: True)
+    monkeypatch.setattr(precision, "_fp32_is_faster", lambda: True)
+    rest = ["--preset", "faces32", "--device", "cpu"]
+    for saved, expected in ((None, "fp32"), ({"precision": "bf16"}, "bf16"), ({"precision": "fp32"}, "fp32")):
+        assert asked.configured(tmp_path, "sweep", rest, saved).precision == expected
+    assert (
+        asked.configured(tmp_path, "sweep", [*rest, "--precision", "bf16"], {"precision": "fp32"}).precision == "bf16"
+    )
 
 
 def test_a_gpu_is_not_timed(monkeypatch):
