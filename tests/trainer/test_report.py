@@ -150,6 +150,13 @@ def test_the_page_fetches_nothing(rich):
     assert "src=" not in own and "<link" not in own and "url(" not in own
 
 
+def test_names_do_not_end_the_script_that_holds_them(rich):
+    """Where no browser is, too: the page has its own three alone."""
+    page = rich[1][0].read_text().replace(drawing.javascript(), "")
+    assert '<script class="planted">' not in page and "\\u003cscript class=" in page
+    assert page.count("</script>") == page.count("<script") == 3
+
+
 def test_what_is_no_study(tmp_path):
     with pytest.raises(UserError, match="is no study: it has no study.json"):
         report.write(tmp_path)
