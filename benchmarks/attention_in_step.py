@@ -7,51 +7,35 @@ turns. Measured gain: the time of the faster PyTorch form's step over ours. Pred
 its attention alone would take more by that form, over our step.
 """
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
+import in_step
 from attention_peers import Problem, explicit, ours, sdpa
 
-from maskdiff import bench, masking, measure, precision, presets
+from maskdiff import bench, masking, measure, presets
 
 FORMS: dict[str, Callable] = {"op": lambda problem: ours(problem, "auto"), "sdpa": sdpa, "explicit": explicit}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", default="celeba64")
-    parser.add_argument("--batch", type=int, default=8, help="images a step (default 8)")
-    parser.add_argument("--rates", default="0,0.5,0.75,0.9", help="mask rates (default 0,0.5,0.75,0.9)")
-    parser.add_argument("--rounds", type=int, default=10, help="steps of each form (default 10)")
-    parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    options = parser.parse_args()
-    device = torch.device("cpu")
-    precision.keep_freed_memory()
-    dtype = precision.resolve_precision(options.precision, device)
-    stand = bench.Bench(presets.get(options.preset), options.batch, device, dtype)
+    options = in_step.read(__doc__, "0,0.5,0.75,0.9", 10, "steps")
+    dtype = in_step.begin(options)
+    stand = bench.Bench(presets.get(options.preset), options.batch, in_step.CPU, dtype)
     rows = [measured(stand, float(rate), options.rounds) for rate in options.rates.split(",")]
-    machine = measure.machine(device)
-    print(f"{options.preset}, batch {options.batch}, {str(dtype).removeprefix('torch.')}, {machine['processor']}")
     print("mask  tokens  step: op / sdpa / explicit, ms     alone, ms                    gain  predicted")
     for row in rows:
         steps, alone = (" / ".join(f"{row[kind][form]:.2f}" for form in FORMS) for kind in ("step_ms", "alone_ms"))
         print(
             f"{row['rate']:4.0%} {row['tokens']:7}  {steps:33}  {alone:27}  {row['gain']:.3f}  {row['predicted']:.3f}"
         )
-    if options.json:
-        result = {"machine": machine, "commit": measure.commit(), "preset": options.preset, "batch": options.batch}
-        options.json.write_text(json.dumps(result | {"rounds": options.rounds, "rows": rows}, indent=1) + "\n")
+    in_step.save(options, dtype, rows)
 
 
 def measured(stand: bench.Bench, rate: float, rounds: int) -> dict[str, Any]:
     """Medians at one mask rate."""
-    config, mask = stand.model_config, stand.mask(f"patch:{rate:g}" if rate else "dense")
+    config, mask = stand.model_config, stand.mask(in_step.mask(rate))
     tokens = round(masking.mean_visible(mask)) + config.extras
     problem = Problem((tokens,) * stand.batch, config.heads, config.width // config.heads, stand.dtype)
     attends = {form: make(problem) for form, make in FORMS.items()}

@@ -7,16 +7,13 @@ every update or at every tenth (optim.ema_every), in turns. A reading is the mea
 average's update. Ratios are of a round's readings, to the step as it is by default: median (20th to 80th percentile).
 """
 
-import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
+import in_step
 
-from maskdiff import bench, measure, precision, presets
+from maskdiff import bench, measure, presets
 
 STEPS = 10
 FORMS: dict[str, dict[str, Any]] = {
@@ -28,23 +25,13 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", default="celeba64")
-    parser.add_argument("--batch", type=int, default=8, help="images a step (default 8)")
-    parser.add_argument("--rates", default="0.9", help="mask rates (default 0.9)")
-    parser.add_argument("--rounds", type=int, default=15, help="readings of each form (default 15)")
-    parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    options = parser.parse_args()
-    device = torch.device("cpu")
-    precision.keep_freed_memory()
-    dtype = precision.resolve_precision(options.precision, device)
+    options = in_step.read(__doc__, "0.9", 15, f"readings, {STEPS} steps each,")
+    dtype = in_step.begin(options)
     config, stands = presets.get(options.preset), {}
+    unbounded = tuple(replace(stage, clip=None) for stage in config.stages)  # as overlapping takes it
     for form, changes in FORMS.items():
-        other = replace(config, optim=replace(config.optim, **changes))
-        stands[form] = bench.Bench(other, options.batch, device, dtype)
-    machine = measure.machine(device)
-    print(f"{options.preset}, batch {options.batch}, {str(dtype).removeprefix('torch.')}, {machine['processor']}")
+        other = replace(config, optim=replace(config.optim, **changes), stages=unbounded)
+        stands[form] = bench.Bench(other, options.batch, in_step.CPU, dtype)
     print("mask  form             ms   ratio (20th to 80th percentile)  peak MB")
     rows = []
     for rate in map(float, options.rates.split(",")):
@@ -52,20 +39,16 @@ def main() -> None:
             rows.append(row)
             ratio = f"{row['ratio']:.3f} ({row['ratio_p20']:.3f} to {row['ratio_p80']:.3f})"
             print(f"{rate:4.0%}  {row['form']:12} {row['step_ms']:7.1f}  {ratio:31} {row['peak_bytes'] / 1e6:8.0f}")
-    if options.json:
-        result = {"machine": machine, "commit": measure.commit(), "preset": options.preset, "batch": options.batch}
-        result |= {"dtype": str(dtype).removeprefix("torch."), "rounds": options.rounds, "steps_a_reading": STEPS}
-        options.json.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+    in_step.save(options, dtype, rows, steps_a_reading=STEPS)
 
 
 def measured(stands: dict[str, bench.Bench], rate: float, rounds: int) -> list[dict[str, Any]]:
     """A row for each form at one mask rate."""
-    steps = {form: stand.ours(stand.mask(f"patch:{rate:g}" if rate else "dense")) for form, stand in stands.items()}
-    device = next(iter(stands.values())).device
+    steps = {form: stand.ours(stand.mask(in_step.mask(rate))) for form, stand in stands.items()}
     for step in steps.values():
         step()
-    peaks = {form: measure.peak_memory(step, device) for form, step in steps.items()}
-    times = measure.interleaved({form: several(step) for form, step in steps.items()}, rounds, device, warm=1)
+    peaks = {form: measure.peak_memory(step, in_step.CPU) for form, step in steps.items()}
+    times = measure.interleaved({form: several(step) for form, step in steps.items()}, rounds, in_step.CPU, warm=1)
     rows = []
     for form, taken in times.items():
         ratios = [one / other for one, other in zip(taken, times["default"], strict=True)]

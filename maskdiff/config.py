@@ -309,6 +309,10 @@ def validate(config: Config) -> None:
         raise UserError("the run has no stages; give --stages, for example 'patch:0.75 x1000, dense x1000'")
     for number, stage in enumerate(config.stages):
         _check_stage(number, stage, config)
+    _check_averages(config)
+
+
+def _check_averages(config: Config) -> None:
     since = 0.0  # steps since the averages started; a stage given in minutes has enough
     for number, stage in enumerate(config.stages):
         since = (0 if stage.fresh else since) + (math.inf if stage.steps is None else stage.steps)

@@ -302,7 +302,7 @@ def adamw_ema(state: FlatState, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor
     nothing changed, or nothing of that block where `state` is updated block by block). Never waits for the device.
     """
     state.level_counts()
-    return _both([_update(state, part, grads[span.start : span.stop]) for part, span in enumerate(state.spans)])
+    return _combined([_update(state, part, grads[span.start : span.stop]) for part, span in enumerate(state.spans)])
 
 
 def _update(state: FlatState, part: int, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -321,7 +321,7 @@ def _update(state: FlatState, part: int, grads: Sequence[Tensor]) -> tuple[Tenso
     )
 
 
-def _both(results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _combined(results: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Norm [] and skipped [] of parts as those of the whole."""
     if len(results) == 1:
         return results[0]
@@ -384,4 +384,4 @@ class Updating:
         for part, span in enumerate(state.spans):
             if part not in self.results:
                 self.results[part] = _update(state, part, state.gradients(span))
-        return _both([self.results[part] for part in range(len(state.spans))])
+        return _combined([self.results[part] for part in range(len(state.spans))])

@@ -51,7 +51,7 @@ def _fp32_is_faster() -> bool:
 
 def resolve_precision(name: str, device: torch.device, before: str | None = None) -> torch.dtype:
     """Returns the compute dtype that `auto`, `bf16` or `fp32` stands for on this device. `auto` is what a run has
-    computed in `before` ("bfloat16", "float32"), where the device can; else bf16, unless that is slower than fp32.
+    computed in `before` ("bfloat16", "float32"), where the device can; else bf16, unless a CPU multiplies fp32 faster.
 
     Raises UserError for bf16 where the device has it only in software: it would be many times slower than fp32.
     """

@@ -16,14 +16,8 @@ from maskdiff.model import UViT
 from maskdiff_kernels import dispatch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-NAMES = (
-    "maskdiff-own",
-    "maskdiff-overlap",
-    "maskdiff",
-    "no-sync",
-    "strong",
-    "published",
-)  # compiling takes too long for a test
+# Compiling takes too long for a test.
+NAMES = ("maskdiff-own", "maskdiff-overlap", "maskdiff", "no-sync", "strong", "published")
 
 
 @pytest.fixture

@@ -49,9 +49,8 @@ def test_a_study_goes_on_in_what_it_was_begun_in(monkeypatch, tmp_path):
     rest = ["--preset", "faces32", "--device", "cpu"]
     for saved, expected in ((None, "fp32"), ({"precision": "bf16"}, "bf16"), ({"precision": "fp32"}, "fp32")):
         assert asked.configured(tmp_path, "sweep", rest, saved).precision == expected
-    assert (
-        asked.configured(tmp_path, "sweep", [*rest, "--precision", "bf16"], {"precision": "fp32"}).precision == "bf16"
-    )
+    given = [*rest, "--precision", "bf16"]
+    assert asked.configured(tmp_path, "sweep", given, {"precision": "fp32"}).precision == "bf16"
 
 
 def test_a_gpu_is_not_timed(monkeypatch):
@@ -81,18 +80,7 @@ def test_fp32_must_be_clearly_faster(monkeypatch, bf16_ms, faster):
 def test_a_resumed_run_computes_in_what_it_did(monkeypatch, tmp_path):
     monkeypatch.setenv("MASKDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(precision, "has_native_bf16", lambda device: True)
-    argv = [
-        "--data",
-        "faces:100",
-        "--device",
-        "cpu",
-        "--model.width",
-        "32",
-        "--model.blocks",
-        "3",
-        "--model.heads",
-        "2",
-    ]
+    argv = "--data faces:100 --device cpu --model.width 32 --model.blocks 3 --model.heads 2".split()
     argv += ["--stages", "patch:0.75 x4 b8", "--probe-steps", "0", "--sample-count", "0", "--heldout-every", "0"]
     config = dataclasses.replace(parse(argv).config, out=str(tmp_path / "run"))
     for fp32_is_faster, steps in ((False, 2), (True, 4)):
