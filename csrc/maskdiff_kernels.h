@@ -30,8 +30,9 @@ enum maskdiff_error {
 
 enum maskdiff_dtype { MASKDIFF_FLOAT32 = 0, MASKDIFF_BFLOAT16 = 1, MASKDIFF_FLOAT16 = 2 };
 enum maskdiff_target { MASKDIFF_EPS = 0, MASKDIFF_X0 = 1, MASKDIFF_V = 2 };
-// How bfloat16 is multiplied: as the processor does it best; widened to float; by pairs, emulated where need be (for tests).
-enum maskdiff_products { MASKDIFF_BEST = 0, MASKDIFF_WIDENED = 1, MASKDIFF_PAIRS = 2 };
+// How bfloat16 is multiplied: as the processor does it best; for tests also widened to float, by pairs, or by tiles (with
+// vectors of 16 floats alone), both in steps where the processor has no instruction for it.
+enum maskdiff_products { MASKDIFF_BEST = 0, MASKDIFF_WIDENED = 1, MASKDIFF_PAIRS = 2, MASKDIFF_TILES = 3 };
 enum maskdiff_mask { MASKDIFF_DENSE = 0, MASKDIFF_PATCH = 1, MASKDIFF_BLOCK = 2, MASKDIFF_CROP = 3 };
 
 // What draw_batch reads and writes. Lengths are ragged where group > 1: each `group` consecutive samples share `counts` out.

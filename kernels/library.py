@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from maskdiff_kernels.source_version import LIBRARIES, expected_version
 
 ABI = 10  # must equal MASKDIFF_ABI in csrc/maskdiff_kernels.h: changed with any exported function or struct
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")  # in the order of the numbers that the library uses
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # in the order of the numbers that the library uses
 
 
 class LibraryError(RuntimeError):
@@ -78,7 +78,7 @@ def _opened(name: str, prefix: str, missing: str, build: str) -> ctypes.CDLL:
 
 
 def cpu_level() -> str:
-    """The instruction set in use: "baseline", "avx2", "avx512" or "avx512_bf16". Raises LibraryError."""
+    """The instruction set in use: "baseline", "avx2", "avx512", "avx512_bf16" or "amx_bf16". Raises LibraryError."""
     return LEVELS[cpu().maskdiff_cpu_level()]
 
 

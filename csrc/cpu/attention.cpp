@@ -4,17 +4,38 @@
 
 #include "cpu/attention_backward.h"
 #include "cpu/attention_forward.h"
+#include "cpu/attention_tiles.h"
 #include "cpu/ops.h"
 
 namespace maskdiff {
 namespace ISA {
 namespace {
 
-#if defined(__AVX512BF16__)
-constexpr bool HAS_PAIRS = true;
+#if defined(__AMX_BF16__)
+constexpr maskdiff_products BEST = MASKDIFF_TILES;
+#elif defined(__AVX512BF16__)
+constexpr maskdiff_products BEST = MASKDIFF_PAIRS;
 #else
-constexpr bool HAS_PAIRS = false;
+constexpr maskdiff_products BEST = MASKDIFF_WIDENED;
 #endif
+
+// How the products are made: by vectors of words, or by tiles.
+template <class Number>
+struct ByVectors {
+  static void attend(const Item& item, Arena arena) { ISA::attend<Number>(item, arena); }
+  static void attend_backward(const Item& item, Arena arena) { ISA::attend_backward<Number>(item, arena); }
+  static void lay_out(Arena* arena, int64_t longest, int64_t width) { ForwardScratch(arena, longest, width); }
+  static void lay_out_backward(Arena* arena, int64_t longest, int64_t width) {
+    BackwardScratch::make<Number>(arena, longest, width);
+  }
+};
+
+struct ByTiles {
+  static void attend(const Item& item, Arena arena) { attend_by_tiles(item, arena); }
+  static void attend_backward(const Item& item, Arena arena) { attend_backward_by_tiles(item, arena); }
+  static void lay_out(Arena* arena, int64_t longest, int64_t width) { ForwardTiles(arena, longest, width); }
+  static void lay_out_backward(Arena* arena, int64_t longest, int64_t width) { BackwardTiles(arena, longest, width); }
+};
 
 // A call: its input, and where its outputs go.
 struct Call {
@@ -67,21 +88,12 @@ Item item_of(const Call& call, const Sequence& sequence, int64_t head) {
   return item;
 }
 
-template <class Number>
-int64_t scratch_floats(const Call& call, int64_t longest) {
-  Arena arena = {};
-  if (call.grad_qkv) {
-    BackwardScratch::make<Number>(&arena, longest, call.input->width);
-  } else {
-    ForwardScratch(&arena, longest, call.input->width);
-  }
-  return arena.used;
-}
-
-template <class Number>
+template <class Way>
 int run_items(const Call& call, const Sequence* sequences, int threads) {
   const int64_t heads = call.input->heads, items = call.input->sequences * heads;
-  const int64_t floats = scratch_floats<Number>(call, sequences[0].length);
+  Arena wanted = {};
+  (call.grad_qkv ? Way::lay_out_backward : Way::lay_out)(&wanted, sequences[0].length, call.input->width);
+  const int64_t floats = wanted.used;
   threads = (int)smaller(threads, items);
   float* const scratch = (float*)aligned_alloc(64, (size_t)(threads * floats) * sizeof(float));
   if (!scratch) return MASKDIFF_NO_MEMORY;
@@ -90,11 +102,7 @@ int run_items(const Call& call, const Sequence* sequences, int threads) {
     const Item item = item_of(call, sequences[i / heads], i % heads);
     const Arena arena = {scratch + omp_get_thread_num() * floats, 0};
     if (item.length == 0) continue;
-    if (call.grad_qkv) {
-      attend_backward<Number>(item, arena);
-    } else {
-      attend<Number>(item, arena);
-    }
+    (call.grad_qkv ? Way::attend_backward : Way::attend)(item, arena);
   }
   free(scratch);
   return MASKDIFF_OK;
@@ -103,7 +111,7 @@ int run_items(const Call& call, const Sequence* sequences, int threads) {
 int run_call(const Call& call, int threads) {
   const maskdiff_attention_input& in = *call.input;
   const bool known_width = in.width == 32 || in.width == 64 || in.width == 128;
-  if (!is_dtype((int)in.dtype) || !known_width || in.products < MASKDIFF_BEST || in.products > MASKDIFF_PAIRS) {
+  if (!is_dtype((int)in.dtype) || !known_width || in.products < MASKDIFF_BEST || in.products > MASKDIFF_TILES) {
     return MASKDIFF_BAD_OPTION;
   }
   Sequence* const sequences = (Sequence*)malloc((size_t)(in.sequences + 1) * sizeof(Sequence));
@@ -121,9 +129,16 @@ int run_call(const Call& call, int threads) {
   if (code == MASKDIFF_OK && end > 0) {
     // Long ones first, so that no thread is left with one at the end.
     if (in.cu_seqlens) qsort(sequences, (size_t)in.sequences, sizeof(Sequence), longest_first);
-    const bool pairs = in.products == MASKDIFF_PAIRS || (HAS_PAIRS && in.products == MASKDIFF_BEST);
-    code = pairs && in.dtype == MASKDIFF_BFLOAT16 ? run_items<Pairs>(call, sequences, threads)
-                                                  : run_items<Singles>(call, sequences, threads);
+    const int64_t products = in.products == MASKDIFF_BEST ? (int64_t)BEST : in.products;
+    if (in.dtype != MASKDIFF_BFLOAT16 || products == MASKDIFF_WIDENED) {
+      code = run_items<ByVectors<Singles>>(call, sequences, threads);
+    } else if (products == MASKDIFF_PAIRS) {
+      code = run_items<ByVectors<Pairs>>(call, sequences, threads);
+    } else if constexpr (WIDTH == TILE) {
+      code = run_items<ByTiles>(call, sequences, threads);
+    } else {
+      code = MASKDIFF_BAD_OPTION;
+    }
   }
   free(sequences);
   return code;

@@ -72,16 +72,16 @@ MASKDIFF_INLINE void store_interleaved(float* to, WideHalves low, WideHalves hig
   *(WideHalves*)(to + WIDTH) = __builtin_shuffle(low, high, second);
 }
 
-// Rows of bfloat16 to panels [columns][ceil(height / 2)]: a word holds rows 2i (low half) and 2i + 1 (0 beyond `rows`).
-static void pack_row_pairs(float* to, Rows from, int64_t rows, int64_t columns) {
-  const int64_t height = (rows + 1) / 2;
+// Rows of bfloat16 to panels of `height` rows: a word holds rows 2i (low half) and 2i + 1, 0 beyond `rows`.
+static void pack_row_pairs(float* to, int64_t height, Rows from, int64_t rows, int64_t columns) {
   for (int64_t pair = 0; pair < height; pair++, from.data += 2 * from.row_bytes) {
     const uint16_t* first = (const uint16_t*)from.data;
     const uint16_t* second = (const uint16_t*)(from.data + from.row_bytes);
     for (int64_t column = 0; column < columns; column += PANEL) {
-      WideHalves other = {};
+      WideHalves one = {}, other = {};
+      if (2 * pair < rows) one = *(const LooseWideHalves*)(first + column);
       if (2 * pair + 1 < rows) other = *(const LooseWideHalves*)(second + column);
-      store_interleaved(to + place(height, pair, column), *(const LooseWideHalves*)(first + column), other);
+      store_interleaved(to + place(height, pair, column), one, other);
     }
   }
 }

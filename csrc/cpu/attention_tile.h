@@ -43,7 +43,7 @@ struct Pairs {
     pack_floats(to, height, from, rows, columns / 2);
   }
   MASKDIFF_INLINE static void pack_down(float* to, Rows from, int64_t rows, int64_t columns) {
-    pack_row_pairs(to, from, rows, columns);
+    pack_row_pairs(to, (rows + 1) / 2, from, rows, columns);
   }
 };
 

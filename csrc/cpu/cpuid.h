@@ -3,7 +3,7 @@
 
 namespace maskdiff {
 
-enum Level { BASELINE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+enum Level { BASELINE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX_BF16 = 4 };
 
 int best_level();
 

@@ -7,8 +7,16 @@ MASKDIFF_DECLARE_OPS(baseline)
 MASKDIFF_DECLARE_OPS(avx2)
 MASKDIFF_DECLARE_OPS(avx512)
 MASKDIFF_DECLARE_OPS(avx512_bf16)
+namespace maskdiff {
+namespace amx_bf16 {
+using namespace avx512_bf16;
+MASKDIFF_DECLARE_ATTENTION
+}  // namespace amx_bf16
+}  // namespace maskdiff
 #define DISPATCH(CALL)                          \
   switch (level) {                              \
+    case maskdiff::AMX_BF16:                    \
+      return maskdiff::amx_bf16::CALL;          \
     case maskdiff::AVX512_BF16:                 \
       return maskdiff::avx512_bf16::CALL;       \
     case maskdiff::AVX512:                      \

@@ -13,7 +13,7 @@ from maskdiff_kernels.ops.samples import Samples
 OK, BAD_RANGE, NO_MEMORY, BAD_OPTION = range(4)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TARGETS = {"eps": 0, "x0": 1, "v": 2}
-PRODUCTS = {"best": 0, "widened": 1, "pairs": 2}
+PRODUCTS = {"best": 0, "widened": 1, "pairs": 2, "tiles": 3}
 MASKS = {"dense": 0, "patch": 1, "block": 2, "crop": 3}
 
 

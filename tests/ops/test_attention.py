@@ -237,10 +237,13 @@ def check_cpp(products: str) -> None:
             check(packed, packed_grad, (part, grad_part), mix)
 
 
-@pytest.mark.parametrize("products", ["pairs", "widened"])
+@pytest.mark.parametrize("products", ["tiles", "pairs", "widened"])
 @pytest.mark.usefixtures("poisoned")
 def test_products_of_bfloat16(level, products):
-    """pairs: the code of AVX-512-BF16, its one instruction done in steps elsewhere. widened: what the others do."""
+    """tiles, pairs: the code of AMX and of AVX-512-BF16, their one instruction done in steps elsewhere. widened: what
+    the others do."""
+    if products == "tiles" and level in ("baseline", "avx2"):
+        pytest.skip("tiles take vectors of sixteen: test_vectors_of_sixteen runs them here")
     check_cpp(products)
 
 
@@ -272,7 +275,7 @@ def test_vectors_of_sixteen(tmp_path, monkeypatch):
     subprocess.run([*command, *sources, "-o", str(tmp_path / "wide.so")], check=True)
     wide = ctypes.CDLL(str(tmp_path / "wide.so"))
     monkeypatch.setattr(library, "cpu", lambda: wide)
-    for products in ("pairs", "widened"):
+    for products in ("tiles", "pairs", "widened"):
         check_cpp(products)
     for width, length in itertools.product((32, 64, 128), (1, 15, 16, 17, 33, 65, 257)):
         qkv, grad_out = random(2, length, 3, 4, width), random(2, length, 4 * width, seed=1)

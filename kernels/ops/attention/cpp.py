@@ -14,7 +14,7 @@ def run(
     cu_seqlens: Tensor | None,  # [S + 1] int32
     max_seqlen: int | None,
     scale: float,
-    products: str = "best",  # how bfloat16 is multiplied: "best", "widened" or "pairs"
+    products: str = "best",  # how bfloat16 is multiplied: "best", "widened", "pairs" or "tiles"
 ) -> tuple[Tensor, Tensor]:  # [.., H * d], [H, T] float32
     """The output and the natural log-sum-exp of the scaled scores."""
     struct = attention_struct(qkv, cu_seqlens, max_seqlen, products)
