@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define MASKDIFF_ABI 10
+#define MASKDIFF_ABI 11
 
 #if defined(__GNUC__)
 #define MASKDIFF_API __attribute__((visibility("default")))
@@ -100,6 +100,19 @@ typedef struct {
   int64_t dtype;              // maskdiff_dtype
   int64_t products;           // maskdiff_products
 } maskdiff_attention_input;
+
+// What weight_gradient reads and writes: matrices of bfloat16. Strides are in elements, from row to row.
+typedef struct {
+  const void* grad_out;  // [T, N]
+  const void* x;         // [T, K]
+  void* out;             // [N, K]
+  int64_t tokens;        // T
+  int64_t rows;          // N, a multiple of 32
+  int64_t columns;       // K, a multiple of 32
+  int64_t grad_stride;
+  int64_t x_stride;
+  int64_t out_stride;
+} maskdiff_weight_gradient;
 
 // What adamw_ema updates: flat buffers of N floats, in which S segments (the parameters) lie one after another, with gaps
 // or without. The five tables of the segments are in the host's memory, on every device.
@@ -212,6 +225,10 @@ MASKDIFF_API int maskdiff_cpu_attention(const maskdiff_attention_input* input, f
 MASKDIFF_API int maskdiff_cpu_attention_backward(const maskdiff_attention_input* input, float scale, const float* lse,
                                                  const void* grad_out, int64_t grad_sequence_stride,
                                                  int64_t grad_token_stride, void* grad_qkv, int threads);
+
+// out = grad_out^T x, the gradient of a Linear layer's weight: summed in float32 and rounded once. Made for AMX, and in
+// steps where there are vectors of 16 floats; elsewhere MASKDIFF_BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_weight_gradient(const maskdiff_weight_gradient* call, int threads);
 
 // out = x Phi(x), Phi the standard normal distribution; dense tensors of `elements` numbers. Errors: BAD_OPTION.
 MASKDIFF_API int maskdiff_cpu_gelu(const void* x, int64_t elements, int dtype, void* out, int threads);

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from maskdiff_kernels.source_version import LIBRARIES, expected_version
 
-ABI = 10  # must equal MASKDIFF_ABI in csrc/maskdiff_kernels.h: changed with any exported function or struct
+ABI = 11  # must equal MASKDIFF_ABI in csrc/maskdiff_kernels.h: changed with any exported function or struct
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # in the order of the numbers that the library uses
 
 

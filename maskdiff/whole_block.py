@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import maskdiff_kernels
 from maskdiff_kernels import dispatch
-from maskdiff_kernels.ops import checks
+from maskdiff_kernels.ops import checks, weight_gradient
 from maskdiff_kernels.ops.layer_norm import op as layer_norm
 
 OPS = ("attention", "gelu", "layer_norm")
@@ -165,4 +165,6 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _outer(wanted: Any, grad: Tensor, x: Tensor) -> Tensor | None:
     """The gradient of a weight that x was multiplied with, if it is wanted."""
-    return grad.t().mm(x) if wanted else None
+    if not wanted:
+        return None
+    return weight_gradient.run(grad, x) if weight_gradient.takes(grad, x) else grad.t().mm(x)

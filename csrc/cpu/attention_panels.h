@@ -77,6 +77,10 @@ static void pack_row_pairs(float* to, int64_t height, Rows from, int64_t rows, i
   for (int64_t pair = 0; pair < height; pair++, from.data += 2 * from.row_bytes) {
     const uint16_t* first = (const uint16_t*)from.data;
     const uint16_t* second = (const uint16_t*)(from.data + from.row_bytes);
+    if (2 * pair + 1 + AHEAD < rows) {
+      prefetch(from.data + AHEAD * from.row_bytes, columns * 2);
+      prefetch(from.data + (AHEAD + 1) * from.row_bytes, columns * 2);
+    }
     for (int64_t column = 0; column < columns; column += PANEL) {
       WideHalves one = {}, other = {};
       if (2 * pair < rows) one = *(const LooseWideHalves*)(first + column);
@@ -86,8 +90,8 @@ static void pack_row_pairs(float* to, int64_t height, Rows from, int64_t rows, i
   }
 }
 
-// WIDTH rows of WIDTH columns of a panel, transposed: first within fours of lanes, then the fours among each other.
-MASKDIFF_INLINE void transpose_square(float* to, const float* from) {
+// WIDTH rows, `stride` words apart, of WIDTH words, transposed into a panel: first within fours of lanes, then the fours among each other.
+MASKDIFF_INLINE void transpose_square(float* to, const float* from, int64_t stride) {
   Vector x[WIDTH];
   Integers low = {}, high = {}, even = {}, odd = {};
 #pragma GCC unroll 16
@@ -99,9 +103,9 @@ MASKDIFF_INLINE void transpose_square(float* to, const float* from) {
     odd[i] = even[i] + 2;
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < WIDTH; i += 4, from += 4 * PANEL) {
-    const Vector first = load(from), second = load(from + PANEL);
-    const Vector third = load(from + 2 * PANEL), last = load(from + 3 * PANEL);
+  for (int i = 0; i < WIDTH; i += 4, from += 4 * stride) {
+    const Vector first = *(const LooseVector*)from, second = *(const LooseVector*)(from + stride);
+    const Vector third = *(const LooseVector*)(from + 2 * stride), last = *(const LooseVector*)(from + 3 * stride);
     const Vector a = __builtin_shuffle(first, second, low), b = __builtin_shuffle(third, last, low);
     const Vector c = __builtin_shuffle(first, second, high), d = __builtin_shuffle(third, last, high);
     x[i] = __builtin_shuffle(a, b, even);
@@ -133,7 +137,7 @@ MASKDIFF_INLINE void transpose_square(float* to, const float* from) {
 static void transpose(float* to, const float* from, int64_t height, int64_t columns) {
   for (int64_t row = 0; row < height; row += WIDTH) {
     for (int64_t column = 0; column < columns; column += WIDTH) {
-      transpose_square(to + place(columns, column, row), from + place(height, row, column));
+      transpose_square(to + place(columns, column, row), from + place(height, row, column), PANEL);
     }
   }
 }

@@ -10,7 +10,7 @@ MASKDIFF_DECLARE_OPS(avx512_bf16)
 namespace maskdiff {
 namespace amx_bf16 {
 using namespace avx512_bf16;
-MASKDIFF_DECLARE_ATTENTION
+MASKDIFF_DECLARE_TILED_OPS
 }  // namespace amx_bf16
 }  // namespace maskdiff
 #define DISPATCH(CALL)                          \
@@ -53,6 +53,10 @@ int maskdiff_cpu_set_level(int wanted) {
 }
 
 int maskdiff_cpu_draw_batch(const maskdiff_draw* draw, int threads) { DISPATCH(draw_batch(draw, threads)) }
+
+int maskdiff_cpu_weight_gradient(const maskdiff_weight_gradient* call, int threads) {
+  DISPATCH(weight_gradient(call, threads))
+}
 
 int maskdiff_cpu_gather_patches(const maskdiff_samples* samples, uint8_t* out) {
   DISPATCH(gather_patches(samples, out))

@@ -3,17 +3,18 @@
 
 #include "maskdiff_kernels.h"
 
-#define MASKDIFF_DECLARE_ATTENTION                                                                                     \
+#define MASKDIFF_DECLARE_TILED_OPS                                                                                     \
   int attention(const maskdiff_attention_input* input, float scale, void* out, float* lse, int threads);               \
   int attention_backward(const maskdiff_attention_input* input, float scale, const float* lse, const void* grad_out,   \
-                         int64_t grad_sequence_stride, int64_t grad_token_stride, void* grad_qkv, int threads);
+                         int64_t grad_sequence_stride, int64_t grad_token_stride, void* grad_qkv, int threads);        \
+  int weight_gradient(const maskdiff_weight_gradient* call, int threads);
 
 #define MASKDIFF_DECLARE_OPS(NAME)                                                                                     \
   namespace maskdiff {                                                                                                 \
   namespace NAME {                                                                                                     \
   int adamw_ema(const maskdiff_adamw* update, const maskdiff_adamw_numbers* numbers, float* norm, float* skipped,      \
                 int threads);                                                                                          \
-  MASKDIFF_DECLARE_ATTENTION                                                                                           \
+  MASKDIFF_DECLARE_TILED_OPS                                                                                           \
   int draw_batch(const maskdiff_draw* draw, int threads);                                                              \
   int gather_patches(const maskdiff_samples* samples, uint8_t* out);                                                   \
   int gelu(const void* x, int64_t elements, int dtype, void* out, int threads);                                        \

@@ -85,6 +85,12 @@ class LayerNormGradientsStruct(ctypes.Structure):
     )
 
 
+class WeightGradientStruct(ctypes.Structure):
+    """maskdiff_weight_gradient."""
+
+    _fields_ = _fields("grad_out x out", "tokens rows columns grad_stride x_stride out_stride")
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
