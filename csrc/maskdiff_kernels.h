@@ -105,7 +105,7 @@ typedef struct {
 typedef struct {
   const void* grad_out;  // [T, N]
   const void* x;         // [T, K]
-  void* out;             // [N, K]
+  void* out;             // [N, K], its rows at multiples of 64 bytes
   int64_t tokens;        // T
   int64_t rows;          // N, a multiple of 32
   int64_t columns;       // K, a multiple of 32

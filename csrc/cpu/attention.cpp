@@ -2,9 +2,9 @@
 #include <omp.h>
 #include <stdlib.h>
 
+#include "cpu/attention_amx.h"
 #include "cpu/attention_backward.h"
 #include "cpu/attention_forward.h"
-#include "cpu/attention_tiles.h"
 #include "cpu/ops.h"
 
 namespace maskdiff {

@@ -130,14 +130,6 @@ static void pair_rows(float* down, const float* from, int64_t rows, int64_t keys
   }
 }
 
-// One token attends to itself whatever its score: exactly no gradient for Q and K.
-static void attend_backward_alone(const Item& item) {
-  const size_t bytes = (size_t)(item.width * size_of(item.q.dtype));
-  __builtin_memset(item.grad_q.data, 0, bytes);
-  __builtin_memset(item.grad_k.data, 0, bytes);
-  __builtin_memcpy(item.grad_v.data, item.grad_out.data, bytes);
-}
-
 template <class Number>
 void attend_backward(const Item& item, Arena arena) {
   if (item.length == 1) return attend_backward_alone(item);

@@ -1,6 +1,7 @@
 // One sequence of one head: what attention's forward and backward work on, and the parts they share.
 #pragma once
 
+#include "cpu/arena.h"
 #include "cpu/attention_tile.h"
 
 namespace maskdiff {
@@ -19,24 +20,6 @@ struct Item {
   int64_t width;                          // d
   float scale;
 };
-
-// Scratch memory, dealt out in parts; without memory it counts.
-struct Arena {
-  float* base;
-  int64_t used;
-
-  float* take(int64_t floats) {
-    float* const part = base ? base + used : nullptr;
-    used += round_up(floats, 16);
-    return part;
-  }
-};
-
-MASKDIFF_INLINE int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
-MASKDIFF_INLINE int64_t greater(int64_t x, int64_t y) { return x > y ? x : y; }
-
-// The n-th of `parts` nearly equal shares of what is left.
-MASKDIFF_INLINE int64_t share(int64_t left, int64_t parts) { return (left + parts - 1) / parts; }
 
 // to = left right^T, [rows, keys] from [rows, depth] and the transpose [depth, keys] of right
 template <class Number>
@@ -105,6 +88,14 @@ MASKDIFF_INLINE void write(const Vector (&values)[R][C], const Rows& to, int64_t
 MASKDIFF_INLINE Rows from_row(Rows rows, int64_t row) {
   rows.data += row * rows.row_bytes;
   return rows;
+}
+
+// One token attends to itself whatever its score: exactly no gradient for Q and K.
+static void attend_backward_alone(const Item& item) {
+  const size_t bytes = (size_t)(item.width * size_of(item.q.dtype));
+  __builtin_memset(item.grad_q.data, 0, bytes);
+  __builtin_memset(item.grad_k.data, 0, bytes);
+  __builtin_memcpy(item.grad_v.data, item.grad_out.data, bytes);
 }
 
 }  // namespace

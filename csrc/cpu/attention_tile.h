@@ -1,7 +1,7 @@
 // Products of matrices in panels, by tiles whose sums stay in registers: MOST_ROWS rows by two vectors, or fewer.
 #pragma once
 
-#include "cpu/attention_panels.h"
+#include "cpu/panels.h"
 
 namespace maskdiff {
 namespace ISA {
@@ -9,48 +9,6 @@ namespace {
 
 // 6 x 2 sums, 2 vectors, 1 broadcast: 15 of the 16 registers of AVX2. AVX-512 has 32; 12 rows would gain nothing more.
 constexpr int MOST_ROWS = WIDTH == 16 ? 8 : 6;
-
-// Words are floats.
-struct Singles {
-  static constexpr int NUMBERS = 1;  // in a word
-
-  MASKDIFF_INLINE static Vector multiply_add(Vector x, Vector y, Vector sum) { return x * y + sum; }
-
-  // Rows in memory to panels: `along` the words run along a row, `down` a pair would hold two rows.
-  MASKDIFF_INLINE static void pack_along(float* to, int64_t height, Rows from, int64_t rows, int64_t columns) {
-    pack_floats(to, height, from, rows, columns);
-  }
-  MASKDIFF_INLINE static void pack_down(float* to, Rows from, int64_t rows, int64_t columns) {
-    pack_floats(to, rows, from, rows, columns);
-  }
-};
-
-// Words are pairs of bfloat16, whose two products are added to a float: one instruction, or the same in steps.
-struct Pairs {
-  static constexpr int NUMBERS = 2;
-
-  MASKDIFF_INLINE static Vector multiply_add(Vector x, Vector y, Vector sum) {
-#if defined(__AVX512BF16__)
-    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-#else
-    sum += Vector(Words(x) & 0xFFFF0000u) * Vector(Words(y) & 0xFFFF0000u);
-    return sum + Vector(Words(x) << 16) * Vector(Words(y) << 16);
-#endif
-  }
-
-  MASKDIFF_INLINE static void pack_along(float* to, int64_t height, Rows from, int64_t rows, int64_t columns) {
-    from.dtype = MASKDIFF_FLOAT32;  // moves pairs as they are
-    pack_floats(to, height, from, rows, columns / 2);
-  }
-  MASKDIFF_INLINE static void pack_down(float* to, Rows from, int64_t rows, int64_t columns) {
-    pack_row_pairs(to, (rows + 1) / 2, from, rows, columns);
-  }
-};
-
-template <class Number>
-MASKDIFF_INLINE int64_t words(int64_t numbers) {
-  return (numbers + Number::NUMBERS - 1) / Number::NUMBERS;
-}
 
 // Calls body(row, column) for all of a tile, unrolled.
 template <int R, int C, class Body>

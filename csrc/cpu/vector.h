@@ -104,6 +104,21 @@ MASKDIFF_INLINE WideHalves bfloat16_halves(Vector first, Vector second) {
 #endif
 }
 
+// Whole lines of memory written without being read first, and kept in no cache. Other threads see them after the second.
+MASKDIFF_INLINE void store_past_caches(void* to, WideHalves x) {
+#if MASKDIFF_WIDTH == 16 && defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)to, (__m512i)x);
+#else
+  *(WideHalves*)to = x;
+#endif
+}
+
+MASKDIFF_INLINE void finish_stores_past_caches() {
+#if MASKDIFF_WIDTH == 16 && defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 template <int DISTANCE>
 MASKDIFF_INLINE Vector exchange(Vector x) {
   return __builtin_shuffle(x, lanes() ^ DISTANCE);

@@ -5,9 +5,8 @@
 #include <omp.h>
 #include <stdlib.h>
 
-#include "cpu/attention_item.h"
+#include "cpu/amx.h"
 #include "cpu/ops.h"
-#include "cpu/tiles.h"
 
 namespace maskdiff {
 namespace ISA {
@@ -21,7 +20,7 @@ struct Part {
   const maskdiff_weight_gradient* call;
   int64_t first_row, rows, first_column, columns;
 
-  int64_t pairs() const { return round_up((call->tokens + 1) / 2, TILE); }
+  int64_t pairs() const { return round_up(greater(call->tokens, 1), PANEL) / 2; }
   int64_t chunk() const {
     const int64_t chunks = (pairs() + MOST_PAIRS - 1) / MOST_PAIRS;
     return round_up(share(pairs(), chunks), TILE);
@@ -48,15 +47,10 @@ Rows rows_at(const void* data, int64_t stride, int64_t row, int64_t column) {
   return Rows{(char*)data + (row * stride + column) * 2, stride * 2, MASKDIFF_BFLOAT16};
 }
 
-// A square of PANEL by PANEL sums to where it belongs.
+// A square of PANEL by PANEL sums to where it belongs: past the caches, since the optimizer reads it much later.
 void write_square(Rows to, const float* sums) {
   for (int64_t row = 0; row < PANEL; row++, to.data += to.row_bytes, sums += PANEL) {
-    const WideHalves x = bfloat16_halves(load(sums), load(sums + WIDTH));
-#if defined(__AVX512F__)
-    _mm512_stream_si512((__m512i*)to.data, (__m512i)x);
-#else
-    *(LooseWideHalves*)to.data = x;
-#endif
+    store_past_caches(to.data, bfloat16_halves(load(sums), load(sums + WIDTH)));
   }
 }
 
@@ -80,7 +74,7 @@ void run_part(const Part& part, Arena arena) {
         const float* const x = s.x + column * pairs + at * PANEL;
         for (int64_t i = 0; i < rows; i += PANEL) {
           float* const sums = s.sums + (part.whole() ? turn++ % 2 * PANEL * PANEL : column * block + i * PANEL);
-          multiply_panel<2>(sums, PANEL, s.grad + i * PANEL, rows, x, words, at > 0);
+          multiply_panel(sums, PANEL, s.grad + i * PANEL, rows, x, words, at > 0);
           if (done) write_square(to, done);
           done = at + words == pairs ? sums : nullptr;
           to = rows_at(call.out, call.out_stride, part.first_row + row + i, part.first_column + column);
@@ -89,6 +83,7 @@ void run_part(const Part& part, Arena arena) {
     }
   }
   if (done) write_square(to, done);
+  finish_stores_past_caches();
 }
 
 }  // namespace

@@ -28,8 +28,7 @@ def run(
     """The transpose of grad_out times x, summed in float32 and rounded once."""
     grad_out, x = (factor if factor.stride(1) == 1 else factor.contiguous() for factor in (grad_out, x))
     out = x.new_empty(grad_out.shape[1], x.shape[1])
-    struct = WeightGradientStruct(
-        grad_out.data_ptr(), x.data_ptr(), out.data_ptr(), len(x), *out.shape, grad_out.stride(0), x.stride(0), out.stride(0)
-    )
+    strides = (grad_out.stride(0), x.stride(0), out.stride(0))
+    struct = WeightGradientStruct(grad_out.data_ptr(), x.data_ptr(), out.data_ptr(), len(x), *out.shape, *strides)
     call("maskdiff_cpu_weight_gradient", ctypes.byref(struct))
     return out

@@ -1,11 +1,8 @@
 """attention: fp64 truth of the output and its gradient, ragged against one by one, layouts, the same bits, errors."""
 
-import ctypes
 import inspect
 import itertools
 import os
-import shutil
-import subprocess
 import types
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from attention_truth import attend, both, check, offsets, plain, random
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
+from wide import build
 
 import maskdiff_kernels as mk
 from maskdiff_kernels import dispatch, library, triton_package
@@ -247,33 +245,10 @@ def test_products_of_bfloat16(level, products):
     check_cpp(products)
 
 
-ENTRY = """// attention at vectors of another width, for a test
-#include "cpu/ops.h"
-extern "C" __attribute__((visibility("default"))) int maskdiff_cpu_attention(
-    const maskdiff_attention_input* input, float scale, void* out, float* lse, int threads) {
-  return maskdiff::wide::attention(input, scale, out, lse, threads);
-}
-extern "C" __attribute__((visibility("default"))) int maskdiff_cpu_attention_backward(
-    const maskdiff_attention_input* input, float scale, const float* lse, const void* grad_out, int64_t sequence_stride,
-    int64_t token_stride, void* grad_qkv, int threads) {
-  return maskdiff::wide::attention_backward(input, scale, lse, grad_out, sequence_stride, token_stride, grad_qkv,
-                                            threads);
-}
-"""
-
-
-@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 @pytest.mark.usefixtures("poisoned")
 def test_vectors_of_sixteen(tmp_path, monkeypatch):
     """The code of AVX-512, its sixteen lanes made of narrower vectors: on any processor."""
-    (tmp_path / "entry.cpp").write_text(ENTRY)
-    flags = "-Og -std=c++17 -fPIC -shared -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
-    command = ["c++", *flags.split(), "-DISA=wide", "-DMASKDIFF_WIDTH=16", "-I", str(ROOT / "csrc")]
-    if library.cpu_level() != "baseline":
-        command += ["-mavx2", "-mfma"]
-    sources = [str(ROOT / "csrc" / "cpu" / "attention.cpp"), str(tmp_path / "entry.cpp")]
-    subprocess.run([*command, *sources, "-o", str(tmp_path / "wide.so")], check=True)
-    wide = ctypes.CDLL(str(tmp_path / "wide.so"))
+    wide = build("attention", tmp_path)
     monkeypatch.setattr(library, "cpu", lambda: wide)
     for products in ("tiles", "pairs", "widened"):
         check_cpp(products)

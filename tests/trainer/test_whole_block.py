@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import maskdiff_kernels
 from maskdiff import whole_block
 from maskdiff.model import ModelConfig, UViT, cast_products
+from maskdiff_kernels.ops import weight_gradient
 
 CONFIG = ModelConfig(image_size=32, width=64, blocks=5, heads=2, qkv_bias=True, mlp_ratio=2.5)
 DENSE = (torch.randn(4, 64, 48, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 17, 500, 999]))
@@ -19,6 +20,13 @@ RAGGED = (
     torch.tensor([0, 1, 17, 30], dtype=torch.int32),
     16,
 )
+
+
+@pytest.fixture(autouse=True)
+def products_of_pytorch(monkeypatch):
+    """All of them, as the parts have them: with AMX weights' gradients are an op of their own, tests/ops/
+    test_weight_gradient.py."""
+    monkeypatch.setattr(weight_gradient, "takes", lambda *_: False)
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
-// How attention keeps matrices in scratch memory: as panels, each a column of PANEL words, which tiles read in a line.
+// How products keep matrices in scratch memory: as panels, each a column of PANEL words, which tiles read in a line.
 //
 // A word is 32 bits wide: a float, or a pair of bfloat16 numbers that one instruction multiplies and adds up.
 // A matrix of `height` rows stands as [ceil(columns / PANEL)][height][PANEL].
 #pragma once
 
+#include "cpu/arena.h"
 #include "cpu/convert.h"
 #include "cpu/vector.h"
 
@@ -13,7 +14,6 @@ namespace {
 
 constexpr int PANEL = 2 * WIDTH;  // columns of a tile
 
-MASKDIFF_INLINE int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 MASKDIFF_INLINE int64_t size_of(int64_t dtype) { return dtype == MASKDIFF_FLOAT32 ? 4 : 2; }
 
 MASKDIFF_INLINE int64_t place(int64_t height, int64_t row, int64_t column) {
@@ -140,6 +140,48 @@ static void transpose(float* to, const float* from, int64_t height, int64_t colu
       transpose_square(to + place(columns, column, row), from + place(height, row, column), PANEL);
     }
   }
+}
+
+// Words are floats.
+struct Singles {
+  static constexpr int NUMBERS = 1;  // in a word
+
+  MASKDIFF_INLINE static Vector multiply_add(Vector x, Vector y, Vector sum) { return x * y + sum; }
+
+  // Rows in memory to panels: `along` the words run along a row, `down` a pair would hold two rows.
+  MASKDIFF_INLINE static void pack_along(float* to, int64_t height, Rows from, int64_t rows, int64_t columns) {
+    pack_floats(to, height, from, rows, columns);
+  }
+  MASKDIFF_INLINE static void pack_down(float* to, Rows from, int64_t rows, int64_t columns) {
+    pack_floats(to, rows, from, rows, columns);
+  }
+};
+
+// Words are pairs of bfloat16, whose two products are added to a float: one instruction, or the same in steps.
+struct Pairs {
+  static constexpr int NUMBERS = 2;
+
+  MASKDIFF_INLINE static Vector multiply_add(Vector x, Vector y, Vector sum) {
+#if defined(__AVX512BF16__)
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+    sum += Vector(Words(x) & 0xFFFF0000u) * Vector(Words(y) & 0xFFFF0000u);
+    return sum + Vector(Words(x) << 16) * Vector(Words(y) << 16);
+#endif
+  }
+
+  MASKDIFF_INLINE static void pack_along(float* to, int64_t height, Rows from, int64_t rows, int64_t columns) {
+    from.dtype = MASKDIFF_FLOAT32;  // moves pairs as they are
+    pack_floats(to, height, from, rows, columns / 2);
+  }
+  MASKDIFF_INLINE static void pack_down(float* to, Rows from, int64_t rows, int64_t columns) {
+    pack_row_pairs(to, (rows + 1) / 2, from, rows, columns);
+  }
+};
+
+template <class Number>
+MASKDIFF_INLINE int64_t words(int64_t numbers) {
+  return (numbers + Number::NUMBERS - 1) / Number::NUMBERS;
 }
 
 }  // namespace

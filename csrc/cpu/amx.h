@@ -1,7 +1,7 @@
-// AMX's registers: eight tiles of 16 rows of 16 words, pairs of bfloat16 or floats. Without AMX the same in steps.
+// Products by AMX's registers, eight tiles of 16 rows of 16 words: pairs of bfloat16, or floats. Elsewhere the same in steps.
 #pragma once
 
-#include "cpu/attention_tile.h"
+#include "cpu/panels.h"
 
 namespace maskdiff {
 namespace ISA {
@@ -82,52 +82,48 @@ MASKDIFF_INLINE void multiply_tiles() {
 
 #endif
 
-// COLUMNS / TILE tiles side by side of `ROWS` / TILE below one another, over `depth` words.
-template <int DOWN, int ACROSS>
-MASKDIFF_INLINE void multiply_at(float* to, const float* left, int64_t left_height, const float* right, int64_t depth,
-                                 bool add) {
+// DOWN tiles below one another of two side by side, each a sum over `depth` words.
+template <int DOWN>
+MASKDIFF_INLINE void multiply_rows(float* to, const float* left, int64_t left_height, const float* right, int64_t depth,
+                                   bool add) {
+  constexpr int64_t BELOW = TILE * PANEL;
   if (add) {
     load_tile<0>(to);
-    if (ACROSS > 1) load_tile<1>(to + TILE);
-    if (DOWN > 1) load_tile<2>(to + TILE * PANEL);
-    if (DOWN > 1 && ACROSS > 1) load_tile<3>(to + TILE * PANEL + TILE);
+    load_tile<1>(to + TILE);
+    if (DOWN > 1) load_tile<2>(to + BELOW);
+    if (DOWN > 1) load_tile<3>(to + BELOW + TILE);
   } else {
     clear_tile<0>();
-    if (ACROSS > 1) clear_tile<1>();
+    clear_tile<1>();
     if (DOWN > 1) clear_tile<2>();
-    if (DOWN > 1 && ACROSS > 1) clear_tile<3>();
+    if (DOWN > 1) clear_tile<3>();
   }
-  for (int64_t word = 0; word < depth; word += TILE, right += TILE * PANEL) {
+  for (int64_t word = 0; word < depth; word += TILE, right += BELOW) {
     load_tile<6>(right);
     load_tile<4>(left);
     multiply_tiles<0, 4, 6>();
-    if (ACROSS > 1) {
-      load_tile<7>(right + TILE);
-      multiply_tiles<1, 4, 7>();
-    }
-    if (DOWN > 1) {
-      load_tile<5>(left + TILE * PANEL);
-      multiply_tiles<2, 5, 6>();
-    }
-    if (DOWN > 1 && ACROSS > 1) multiply_tiles<3, 5, 7>();
+    load_tile<7>(right + TILE);
+    multiply_tiles<1, 4, 7>();
+    if (DOWN > 1) load_tile<5>(left + BELOW);
+    if (DOWN > 1) multiply_tiles<2, 5, 6>();
+    if (DOWN > 1) multiply_tiles<3, 5, 7>();
     left += word % PANEL == 0 ? TILE : left_height * PANEL - TILE;
   }
   store_tile<0>(to);
-  if (ACROSS > 1) store_tile<1>(to + TILE);
-  if (DOWN > 1) store_tile<2>(to + TILE * PANEL);
-  if (DOWN > 1 && ACROSS > 1) store_tile<3>(to + TILE * PANEL + TILE);
+  store_tile<1>(to + TILE);
+  if (DOWN > 1) store_tile<2>(to + BELOW);
+  if (DOWN > 1) store_tile<3>(to + BELOW + TILE);
 }
 
-// One panel of sums: to = left right, or to += left right. rows, depth (in words): multiples of TILE.
-// left: panels [left_height][PANEL] of words along its rows; right: one panel [depth][PANEL], of which ACROSS tiles count.
-template <int ACROSS>
+// One panel of sums [rows, PANEL]: to = left right, or to += left right. rows, depth (in words): multiples of TILE.
+// left: panels [left_height][PANEL] of words along its rows; right: one panel [depth][PANEL].
 static void multiply_panel(float* to, int64_t rows, const float* left, int64_t left_height, const float* right,
                            int64_t depth, bool add) {
   int64_t row = 0;
   for (; row + 2 * TILE <= rows; row += 2 * TILE) {
-    multiply_at<2, ACROSS>(to + row * PANEL, left + row * PANEL, left_height, right, depth, add);
+    multiply_rows<2>(to + row * PANEL, left + row * PANEL, left_height, right, depth, add);
   }
-  if (row < rows) multiply_at<1, ACROSS>(to + row * PANEL, left + row * PANEL, left_height, right, depth, add);
+  if (row < rows) multiply_rows<1>(to + row * PANEL, left + row * PANEL, left_height, right, depth, add);
 }
 
 }  // namespace

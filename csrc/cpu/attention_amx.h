@@ -5,8 +5,8 @@
 // registers, and the left one of the gradients of K and V. Outputs by query come out transposed, and are turned.
 #pragma once
 
+#include "cpu/amx.h"
 #include "cpu/attention_item.h"
-#include "cpu/tiles.h"
 
 namespace maskdiff {
 namespace ISA {
@@ -129,9 +129,9 @@ static void attend_by_tiles(const Item& item, Arena arena) {
   pack_turned(s.q_turned, s.scratch, item.q, length, width);
   for (int64_t panel = 0; panel < sides.panels; panel++) {
     const int64_t first = panel * PANEL, queries = smaller(length - first, PANEL);
-    multiply_panel<2>(s.scores, sides.tall, s.k, sides.tall, s.q_turned + first * sides.depth, sides.depth, false);
+    multiply_panel(s.scores, sides.tall, s.k, sides.tall, s.q_turned + first * sides.depth, sides.depth, false);
     softmax_down(s.p, s.scores, length, sides.pairs, item.scale, factors, lse);
-    multiply_panel<2>(s.out_turned, width, s.v_turned, width, s.p, sides.pairs, false);
+    multiply_panel(s.out_turned, width, s.v_turned, width, s.p, sides.pairs, false);
     write_turned(from_row(item.out, first), queries, width, s.out_turned, factors, s.scratch);
     __builtin_memcpy(item.lse + first, lse, (size_t)queries * sizeof(float));
   }
@@ -237,16 +237,16 @@ static void attend_backward_by_tiles(const Item& item, Arena arena) {
       const int64_t to = place(keys.tall, 0, panel * PANEL_WORDS);
       alignas(64) float lse[PANEL] = {};
       __builtin_memcpy(lse, item.lse + start + first, (size_t)count * sizeof(float));
-      multiply_panel<2>(s.scores, keys.tall, s.k, keys.tall, s.q_turned + at, keys.depth, false);
-      multiply_panel<2>(s.slopes, keys.tall, s.v, keys.tall, s.grad_turned + at, keys.depth, false);
+      multiply_panel(s.scores, keys.tall, s.k, keys.tall, s.q_turned + at, keys.depth, false);
+      multiply_panel(s.slopes, keys.tall, s.v, keys.tall, s.grad_turned + at, keys.depth, false);
       finish_panel(s, s.p + to, s.ds + to, length, keys.pairs, item.scale, lse);
-      multiply_panel<2>(s.q_gradient, width, s.k_turned, width, s.ds_down, keys.pairs, false);
+      multiply_panel(s.q_gradient, width, s.k_turned, width, s.ds_down, keys.pairs, false);
       write_turned(from_row(item.grad_q, start + first), count, width, s.q_gradient, ones, s.scratch);
     }
     for (int64_t column = 0; column < width; column += PANEL) {
       const int64_t right = column * queries.pairs, to = column * keys.tall;
-      multiply_panel<2>(s.v_gradient + to, keys.tall, s.p, keys.tall, s.grad_down + right, queries.pairs, start > 0);
-      multiply_panel<2>(s.k_gradient + to, keys.tall, s.ds, keys.tall, s.q_down + right, queries.pairs, start > 0);
+      multiply_panel(s.v_gradient + to, keys.tall, s.p, keys.tall, s.grad_down + right, queries.pairs, start > 0);
+      multiply_panel(s.k_gradient + to, keys.tall, s.ds, keys.tall, s.q_down + right, queries.pairs, start > 0);
     }
   }
   write_rows(item.grad_k, length, width, s.k_gradient, keys.tall);
