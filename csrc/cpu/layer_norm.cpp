@@ -13,6 +13,8 @@ namespace {
 
 constexpr int64_t CHUNK = 64;  // at most so many rows are summed one after another, whatever the number of threads
 
+constexpr int64_t ROWS_AHEAD = 2;
+
 typedef Numbers<MASKDIFF_FLOAT32> Floats;
 
 // One row at a time, though sums of several side by side would wait less: then memory is read and written in few streams.
@@ -23,6 +25,7 @@ void forward_row(const maskdiff_layer_norm_input* n, float eps, int64_t row, voi
   typedef typename Of::Number Number;
   const Number *x = (const Number*)n->x + row * n->stride, *shift = (const Number*)n->shift;
   Number *y = (Number*)out + row * n->width, *total = (Number*)summed + row * n->width;
+  prefetch(x + ROWS_AHEAD * n->stride, n->width * (int64_t)sizeof(Number));
   Vector totals[STREAMS] = {}, squares[STREAMS] = {};
   const Vector first = splat(Rest{1}.load<Of>(x)[0]);  // numbers alike have their mean to the bit, however large they are
   by_vectors(n->width, [&](int64_t i, auto part, int stream) MASKDIFF_INLINED {
@@ -61,6 +64,10 @@ void backward_row(const maskdiff_layer_norm_input* n, const maskdiff_layer_norm_
   const Number* grad_sum = (const Number*)g->grad_sum + row * g->grad_sum_stride;
   Number* grad_x = (Number*)g->grad_x + row * n->width;
   const Vector mean = splat(g->statistics[row]), rstd = splat(g->statistics[n->rows + row]);
+  const int64_t bytes = n->width * (int64_t)sizeof(Number);
+  prefetch(x + ROWS_AHEAD * n->stride, bytes);
+  prefetch(grad_out + ROWS_AHEAD * g->grad_out_stride, bytes);
+  if (SUMMED) prefetch(grad_sum + ROWS_AHEAD * g->grad_sum_stride, bytes);
   Vector plain[STREAMS] = {}, along[STREAMS] = {};
   by_vectors(n->width, [&](int64_t i, auto part, int stream) MASKDIFF_INLINED {
     const Vector weight = part.template load<Floats>(n->weight + i);

@@ -28,13 +28,9 @@ struct Rows {
 };
 
 constexpr int64_t MOST_COLUMNS = 128;
-constexpr int64_t AHEAD = 8;  // rows: they stand on pages of their own, where no processor looks ahead by itself
+constexpr int64_t AHEAD = 24;  // rows: they stand on pages of their own, where no processor looks ahead by itself
 
 MASKDIFF_INLINE Vector loose(const char* row, int64_t column) { return *(const LooseVector*)(row + column * 4); }
-
-MASKDIFF_INLINE void prefetch(const char* from, int64_t bytes) {
-  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(from + offset);
-}
 
 // A row as floats: where it stands, or in `copy`. (Whole rows, out of line: the conversion is then vector code.)
 static __attribute__((noinline)) const char* widen(const char* row, int dtype, int columns, float* copy) {
