@@ -101,18 +101,21 @@ typedef struct {
   int64_t products;           // maskdiff_products
 } maskdiff_attention_input;
 
-// What weight_gradient reads and writes: matrices of bfloat16. Strides are in elements, from row to row.
+// What product reads and writes: matrices of bfloat16. Strides are in elements, from row to row.
 typedef struct {
-  const void* grad_out;  // [T, N]
-  const void* x;         // [T, K]
-  void* out;             // [N, K], its rows at multiples of 64 bytes
-  int64_t tokens;        // T
-  int64_t rows;          // N, a multiple of 32
-  int64_t columns;       // K, a multiple of 32
-  int64_t grad_stride;
-  int64_t x_stride;
+  const void* left;      // [M, K], or [K, M] where it is turned
+  const void* right;     // [K, N], or [N, K] where it is turned
+  void* out;             // [M, N], its rows at multiples of 64 bytes unless it is added to
+  int64_t rows;          // M, a multiple of 32 where left is turned
+  int64_t columns;       // N, a multiple of 32
+  int64_t depth;         // K, a multiple of 32 but where left is turned and right is not
+  int64_t left_stride;
+  int64_t right_stride;
   int64_t out_stride;
-} maskdiff_weight_gradient;
+  int64_t left_turned;   // 0 or 1
+  int64_t right_turned;  // 0 or 1
+  int64_t add;           // 0 or 1: to what stands in out
+} maskdiff_product;
 
 // What adamw_ema updates: flat buffers of N floats, in which S segments (the parameters) lie one after another, with gaps
 // or without. The five tables of the segments are in the host's memory, on every device.
@@ -226,9 +229,9 @@ MASKDIFF_API int maskdiff_cpu_attention_backward(const maskdiff_attention_input*
                                                  const void* grad_out, int64_t grad_sequence_stride,
                                                  int64_t grad_token_stride, void* grad_qkv, int threads);
 
-// out = grad_out^T x, the gradient of a Linear layer's weight: summed in float32 and rounded once. Made for AMX, and in
-// steps where there are vectors of 16 floats; elsewhere MASKDIFF_BAD_OPTION.
-MASKDIFF_API int maskdiff_cpu_weight_gradient(const maskdiff_weight_gradient* call, int threads);
+// out = left right, or out += left right: summed in float32 and rounded once. Made for AMX, and in steps where there are
+// vectors of 16 floats; elsewhere MASKDIFF_BAD_OPTION.
+MASKDIFF_API int maskdiff_cpu_product(const maskdiff_product* call, int threads);
 
 // out = x Phi(x), Phi the standard normal distribution; dense tensors of `elements` numbers. Errors: BAD_OPTION.
 MASKDIFF_API int maskdiff_cpu_gelu(const void* x, int64_t elements, int dtype, void* out, int threads);

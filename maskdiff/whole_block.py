@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import maskdiff_kernels
 from maskdiff_kernels import dispatch
-from maskdiff_kernels.ops import checks, weight_gradient
+from maskdiff_kernels.ops import checks, product
 from maskdiff_kernels.ops.layer_norm import op as layer_norm
 
 OPS = ("attention", "gelu", "layer_norm")
@@ -88,11 +88,11 @@ class _Block(torch.autograd.Function):
         normed1, mid, statistics1 = layer_norm.forward(x, w.norm1, w.norm1_bias, w.proj_bias, eps[0], True)
         qkv = _product(normed1, w.qkv, w.qkv_bias).view(shape)
         mixed, lse = _attention(qkv, cu_seqlens, max_seqlen, None, "cpp")
-        mid.addmm_(mixed.view_as(x), w.proj.t())
+        _add_product(mid, mixed.view_as(x), w.proj)
         normed2, out, statistics2 = layer_norm.forward(mid, w.norm2, w.norm2_bias, w.fc2_bias, eps[1], True)
         inner = _product(normed2, w.fc1, w.fc1_bias)
         active = _gelu(inner, "cpp")
-        out.addmm_(active, w.fc2.t())
+        _add_product(out, active, w.fc2)
         ctx.save_for_backward(
             x, both, normed1, statistics1, qkv, mixed, lse, mid, normed2, statistics2, inner, active, cu_seqlens,
             w.skip, w.norm1, w.qkv, w.proj, w.norm2, w.fc1, w.fc2,
@@ -110,28 +110,30 @@ class _Block(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         wanted = Weights(*ctx.needs_input_grad[-len(Weights._fields) :])
         grad = gradients[0]
-        grad_fc2 = _outer(wanted.fc2, grad, active)
-        grad_inner, sums = _gelu_backward(grad.mm(fc2), inner, True, "cpp")
-        grad_fc1 = _outer(wanted.fc1, grad_inner, normed2)
+        grad_fc2 = _weight_gradient(wanted.fc2, grad, active, fc2)
+        grad_inner, sums = _gelu_backward(_input_gradient(grad, fc2), inner, True, "cpp")
+        grad_fc1 = _weight_gradient(wanted.fc1, grad_inner, normed2, fc1)
         grad_mid, of_norm2, of_norm2_bias, of_fc2_bias = layer_norm.backward(
-            grad_inner.mm(fc1), grad, mid, norm2, statistics2
+            _input_gradient(grad_inner, fc1), grad, mid, norm2, statistics2
         )
-        grad_proj = _outer(wanted.proj, grad_mid, mixed.view_as(x))
-        grad_mixed = grad_mid.mm(proj).view_as(mixed)
+        grad_proj = _weight_gradient(wanted.proj, grad_mid, mixed.view_as(x), proj)
+        grad_mixed = _input_gradient(grad_mid, proj).view_as(mixed)
         grad_qkv = _attention_backward(grad_mixed, qkv, mixed, lse, cu_seqlens, ctx.max_seqlen, None, "cpp")
         grad_qkv = grad_qkv.view(len(x), -1)
-        of_qkv = _outer(wanted.qkv, grad_qkv, normed1), grad_qkv.sum(0) if wanted.qkv_bias else None
+        of_qkv = _weight_gradient(wanted.qkv, grad_qkv, normed1, qkv_weight)
+        of_qkv_bias = grad_qkv.sum(0) if wanted.qkv_bias else None
         grad_x, of_norm1, of_norm1_bias, of_proj_bias = layer_norm.backward(
-            grad_qkv.mm(qkv_weight), grad_mid, x, norm1, statistics1
+            _input_gradient(grad_qkv, qkv_weight), grad_mid, x, norm1, statistics1
         )
         of_skip, of_skip_bias, grad_skip = None, None, None
         if both is not None:
-            of_skip, of_skip_bias = _outer(wanted.skip, grad_x, both), grad_x.sum(0) if wanted.skip_bias else None
-            grad_x, grad_skip = grad_x.mm(skip).split(x.shape[1], dim=1)
+            of_skip = _weight_gradient(wanted.skip, grad_x, both, skip)
+            of_skip_bias = grad_x.sum(0) if wanted.skip_bias else None
+            grad_x, grad_skip = _input_gradient(grad_x, skip).split(x.shape[1], dim=1)
         of_fc1_bias = sums.to(inner.dtype) if wanted.fc1_bias else None
         of_weights = Weights(
-            of_skip, of_skip_bias, of_norm1, of_norm1_bias, *of_qkv, grad_proj, of_proj_bias, of_norm2, of_norm2_bias,
-            grad_fc1, of_fc1_bias, grad_fc2, of_fc2_bias,
+            of_skip, of_skip_bias, of_norm1, of_norm1_bias, of_qkv, of_qkv_bias, grad_proj, of_proj_bias,
+            of_norm2, of_norm2_bias, grad_fc1, of_fc1_bias, grad_fc2, of_fc2_bias,
         )  # fmt: skip
         return grad_x, grad_skip, None, None, None, None, *of_weights
 
@@ -163,8 +165,22 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addmm(bias, x, weight.t())
 
 
-def _outer(wanted: Any, grad: Tensor, x: Tensor) -> Tensor | None:
+def _add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    if product.takes(x, weight) and product.leaves_threads_idle(len(x), *weight.shape):
+        product.add_linear(out, x, weight)
+    else:
+        out.addmm_(x, weight.t())
+
+
+def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of what was multiplied with a weight."""
+    if product.takes(grad, weight) and product.leaves_threads_idle(len(grad), *reversed(weight.shape)):
+        return product.input_gradient(grad, weight)
+    return grad.mm(weight)
+
+
+def _weight_gradient(wanted: Any, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
     """The gradient of a weight that x was multiplied with, if it is wanted."""
     if not wanted:
         return None
-    return weight_gradient.run(grad, x) if weight_gradient.takes(grad, x) else grad.t().mm(x)
+    return product.weight_gradient(grad, x) if product.takes(x, weight) else grad.t().mm(x)

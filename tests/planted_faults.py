@@ -9,6 +9,8 @@ TRITON, IMAGES = (("tests/ops/test_" + op + "_triton.py", "-k", "interpreter") f
 ADAMW = ("tests/ops/test_adamw_ema.py", "-k", "not compile and not opcheck")
 AVERAGES = ("tests/ops/test_adamw_ema.py", "tests/ops/test_adamw_averages.py", "-k", "power or averages")
 DRAW, NOISY, LOSS = (f"tests/ops/test_{op}.py" for op in ("draw_batch", "noisy_patches", "denoising_loss"))
+TILES = ("tests/ops/test_attention.py", "-k", "products_of_bfloat16 or sixteen")
+PRODUCT = ("tests/ops/test_product.py",)
 NORM = ("tests/ops/test_layer_norm.py", "-k", "not compile and not opcheck")
 EMULATED_FAULTS = "test_planted_fault or test_plain_build or test_sanitized_build"
 PLAIN_FAULTS = ("tests/emulation/test_faults.py", "-k", "plain")
@@ -98,10 +100,11 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "maskdiff/whole_block.py",
         trainer("whole_block"),
         (
-            ("_outer(wanted.proj, grad_mid,", "_outer(wanted.proj, grad,"),
-            ("grad_inner, normed2)", "grad_inner, normed1)"),
+            ("(wanted.proj, grad_mid,", "(wanted.proj, grad,"),
+            ("grad_inner, normed2, fc1)", "grad_inner, normed1, fc1)"),
             ("split(x.shape[1], dim=1)", "split(x.shape[1], dim=1)[::-1]"),
-            ("return grad.t().mm(x) if wanted", "return grad.t().mm(x) if True"),
+            ("    if not wanted:\n        return None\n    return product", "    return product"),
+            ("idle(len(grad), *reversed(weight.shape))", "idle(len(grad), *weight.shape)"),
             ("for op in OPS)", "for op in OPS[1:])"),
             ("type(part) is kind and", "isinstance(part, kind) and"),
             ("is kind and not hooks", "is kind"),
@@ -157,6 +160,53 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ),
     ("kernels/ops/layer_norm/cpp.py", NORM, (("x.stride(1) == 1:", "x.stride(0) > 0:"),)),
     ("csrc/cpu/numbers.h", NORM, (("lanes() < count", "lanes() <= count"),)),
+    (
+        "csrc/cpu/vector.h",
+        ("tests/ops/test_gelu.py", "-k", "float64"),
+        (("return y + y * (1.0f - x * y);", "return y;"),),
+    ),
+    (
+        "csrc/cpu/amx.h",
+        PRODUCT,
+        (
+            ("left += word % PANEL == 0 ? TILE : left_height * PANEL - TILE;", "left += TILE;"),
+            ("  if (add) {\n", "  if (false) {\n"),
+        ),
+    ),
+    ("csrc/cpu/amx.h", TILES, (("  if (row < rows) multiply_rows<1>", "  if (false) multiply_rows<1>"),)),
+    (
+        "csrc/cpu/attention_amx.h",
+        TILES,
+        (
+            ("weighted[half] / total[half]", "weighted[half]"),
+            ("  if (keys % 2) store_interleaved(p + pair++ * PANEL, halves(keys - 1), WideHalves{});\n", ""),
+            (
+                "s.p, keys.tall, s.grad_down + right, queries.pairs, start > 0",
+                "s.p, keys.tall, s.grad_down + right, queries.pairs, false",
+            ),
+            ("LN2 * top[half] + log(total[half])", "top[half] + log(total[half])"),
+        ),
+    ),
+    (
+        "csrc/cpu/product.cpp",
+        PRODUCT,
+        (
+            ("  write(done, call.add);\n  finish", "  finish"),
+            ("turn++ % 2 * PANEL * PANEL", "0"),
+            ("right, words, at > 0);", "right, words, false);"),
+            ("at + words == depth ? smaller(rows - i, PANEL) : 0", "smaller(rows - i, PANEL)"),
+            ("round_up(rows, PANEL), from, rows, 2 * words", "rows, from, rows, 2 * words"),
+        ),
+    ),
+    (
+        "kernels/ops/product.py",
+        PRODUCT,
+        (
+            ("torch.get_num_threads() == 2 and ", ""),
+            (' == "amx_bf16"', ' != "baseline"'),
+            ("weight.shape[0] % SIDE == ", ""),
+        ),
+    ),
     (
         "kernels/ops/adamw_ema/fused.py",
         ADAMW,

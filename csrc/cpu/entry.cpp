@@ -54,9 +54,7 @@ int maskdiff_cpu_set_level(int wanted) {
 
 int maskdiff_cpu_draw_batch(const maskdiff_draw* draw, int threads) { DISPATCH(draw_batch(draw, threads)) }
 
-int maskdiff_cpu_weight_gradient(const maskdiff_weight_gradient* call, int threads) {
-  DISPATCH(weight_gradient(call, threads))
-}
+int maskdiff_cpu_product(const maskdiff_product* call, int threads) { DISPATCH(product(call, threads)) }
 
 int maskdiff_cpu_gather_patches(const maskdiff_samples* samples, uint8_t* out) {
   DISPATCH(gather_patches(samples, out))

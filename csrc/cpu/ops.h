@@ -7,7 +7,7 @@
   int attention(const maskdiff_attention_input* input, float scale, void* out, float* lse, int threads);               \
   int attention_backward(const maskdiff_attention_input* input, float scale, const float* lse, const void* grad_out,   \
                          int64_t grad_sequence_stride, int64_t grad_token_stride, void* grad_qkv, int threads);        \
-  int weight_gradient(const maskdiff_weight_gradient* call, int threads);
+  int product(const maskdiff_product* call, int threads);
 
 #define MASKDIFF_DECLARE_OPS(NAME)                                                                                     \
   namespace maskdiff {                                                                                                 \

@@ -85,10 +85,12 @@ class LayerNormGradientsStruct(ctypes.Structure):
     )
 
 
-class WeightGradientStruct(ctypes.Structure):
-    """maskdiff_weight_gradient."""
+class ProductStruct(ctypes.Structure):
+    """maskdiff_product."""
 
-    _fields_ = _fields("grad_out x out", "tokens rows columns grad_stride x_stride out_stride")
+    _fields_ = _fields(
+        "left right out", "rows columns depth left_stride right_stride out_stride left_turned right_turned add"
+    )
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -23,10 +23,8 @@ ENTRIES = {
                                             threads);
 }}
 """,
-    "weight_gradient": f"""
-{EXPORT}weight_gradient(const maskdiff_weight_gradient* call, int threads) {{
-  return maskdiff::wide::weight_gradient(call, threads);
-}}
+    "product": f"""
+{EXPORT}product(const maskdiff_product* call, int threads) {{ return maskdiff::wide::product(call, threads); }}
 """,
 }
 

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import maskdiff_kernels
 from maskdiff import whole_block
 from maskdiff.model import ModelConfig, UViT, cast_products
-from maskdiff_kernels.ops import weight_gradient
+from maskdiff_kernels import library
+from maskdiff_kernels.ops import product
 
 CONFIG = ModelConfig(image_size=32, width=64, blocks=5, heads=2, qkv_bias=True, mlp_ratio=2.5)
 DENSE = (torch.randn(4, 64, 48, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 17, 500, 999]))
@@ -24,9 +25,8 @@ RAGGED = (
 
 @pytest.fixture(autouse=True)
 def products_of_pytorch(monkeypatch):
-    """All of them, as the parts have them: with AMX weights' gradients are an op of their own, tests/ops/
-    test_weight_gradient.py."""
-    monkeypatch.setattr(weight_gradient, "takes", lambda *_: False)
+    """All of them, as the parts have them: with AMX some are the library's (tests/ops/test_product.py)."""
+    monkeypatch.setattr(product, "takes", lambda *_: False)
 
 
 @pytest.fixture
@@ -211,3 +211,39 @@ def test_a_second_derivative_is_an_error():
     loss = model(*DENSE).square().mean()
     with pytest.raises(RuntimeError, match="a block has no second derivative on a CPU: call backward without create_"):
         torch.autograd.grad(loss, model.blocks[0].fc1.weight, create_graph=True)
+
+
+@pytest.mark.skipif(library.cpu_level() != "amx_bf16", reason="a processor without AMX")
+@pytest.mark.parametrize("batch", [DENSE, RAGGED], ids=["equal", "ragged"])
+def test_with_products_of_the_library(batch, monkeypatch):
+    """Held to the fp64 rule: its sums have an order of their own."""
+    model = model_in(torch.bfloat16)
+    peers = gradients(model, batch)
+    exact = by_parts(model_in(torch.float32).double(), tuple(map(in_double, batch)), monkeypatch)
+    made = []
+    for name in ("add_linear", "input_gradient", "weight_gradient"):
+        run = getattr(product, name)
+        monkeypatch.setattr(product, name, lambda *given, run=run, name=name: (made.append(name), run(*given))[1])
+    monkeypatch.setattr(product, "takes", lambda *_: True)
+    monkeypatch.setattr(product, "leaves_threads_idle", lambda *_: True)
+    mine = gradients(model, batch)
+    skips = sum(block.skip is not None for block in model.blocks)
+    counts = {name: made.count(name) for name in set(made)}
+    every = 4 * CONFIG.blocks + skips
+    assert counts == {"add_linear": 2 * CONFIG.blocks, "input_gradient": every, "weight_gradient": every}
+    for name, value in mine.items():
+        error, peer = ((one.double() - exact[name]).norm() for one in (value, peers[name]))
+        assert error <= 2 * peer + torch.finfo(torch.bfloat16).eps / 2 * exact[name].norm(), name
+
+
+def test_which_products_are_the_library_s(monkeypatch):
+    """Weights' gradients all; others where PyTorch's would leave threads idle."""
+    asked = []
+    monkeypatch.setattr(product, "takes", lambda *_: True)
+    monkeypatch.setattr(product, "leaves_threads_idle", lambda *shape: (asked.append(shape), False)[1])
+    monkeypatch.setattr(product, "weight_gradient", lambda grad, x: grad.t().mm(x))
+    gradients(model_in(torch.bfloat16), DENSE)
+    tokens, width, inner = 4 * 65, 64, 160
+    forward = {(tokens, width, width), (tokens, width, inner)}  # proj, fc2
+    backward = {(tokens, inner, width), (tokens, width, inner), (tokens, width, width), (tokens, width, 3 * width)}
+    assert set(asked) == forward | backward | {(tokens, 2 * width, width)}
