@@ -178,7 +178,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         "csrc/cpu/attention_amx.h",
         TILES,
         (
-            ("weighted[half] / total[half]", "weighted[half]"),
+            ("(load(slopes) - delta[0])", "load(slopes)"),
             ("  if (keys % 2) store_interleaved(p + pair++ * PANEL, halves(keys - 1), WideHalves{});\n", ""),
             (
                 "s.p, keys.tall, s.grad_down + right, queries.pairs, start > 0",
