@@ -1,7 +1,7 @@
 // Asks the processor for exactly the features that CMakeLists.txt compiles each instruction set with.
 #include "cpu/cpuid.h"
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(MASKDIFF_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -9,12 +9,13 @@
 namespace maskdiff {
 namespace {
 
-// Whether the system lets this process use AMX's tiles: it saves them for those alone that ask (Linux, Documentation/
-// arch/x86/xstate.rst).
+// Whether there are AMX's tiles and the system lets this process use them: it saves them for those alone that ask (Linux,
+// Documentation/arch/x86/xstate.rst).
 bool may_use_tiles() {
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(MASKDIFF_AMX) && defined(__linux__)
   constexpr long REQUEST = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
 #else
   return false;
 #endif
@@ -33,8 +34,7 @@ int best_level() {
     return AVX2;
   }
   if (!__builtin_cpu_supports("avx512bf16")) return AVX512;
-  const bool tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
-  return tiles && may_use_tiles() ? AMX_BF16 : AVX512_BF16;
+  return may_use_tiles() ? AMX_BF16 : AVX512_BF16;
 #else
   return BASELINE;
 #endif

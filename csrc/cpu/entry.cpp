@@ -7,12 +7,18 @@ MASKDIFF_DECLARE_OPS(baseline)
 MASKDIFF_DECLARE_OPS(avx2)
 MASKDIFF_DECLARE_OPS(avx512)
 MASKDIFF_DECLARE_OPS(avx512_bf16)
+#if defined(MASKDIFF_AMX)
 namespace maskdiff {
 namespace amx_bf16 {
 using namespace avx512_bf16;
 MASKDIFF_DECLARE_TILED_OPS
 }  // namespace amx_bf16
 }  // namespace maskdiff
+#else
+namespace maskdiff {
+namespace amx_bf16 = avx512_bf16;
+}
+#endif
 #define DISPATCH(CALL)                          \
   switch (level) {                              \
     case maskdiff::AMX_BF16:                    \
