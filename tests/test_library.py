@@ -161,7 +161,7 @@ def test_a_compiler_without_amx_builds_the_rest(tmp_path):
     given = [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DPython3_EXECUTABLE={sys.executable}"]
     said = output("cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), *generator, *given)
     assert "this compiler has no AMX" in said
-    targets = output("cmake", "--build", str(tmp_path / "build"), "--target", "help")
+    targets = (tmp_path / "build" / "CMakeFiles" / "TargetDirectories.txt").read_text()
     assert "cpu_avx512_bf16" in targets and "cpu_amx_bf16" not in targets
     for source in ("entry", "cpuid"):
         given = (str(ROOT / "csrc" / "cpu" / f"{source}.cpp"), "-I", str(ROOT / "csrc"), "-fno-math-errno")
