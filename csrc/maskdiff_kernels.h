@@ -103,17 +103,17 @@ typedef struct {
 
 // What product reads and writes: matrices of bfloat16. Strides are in elements, from row to row.
 typedef struct {
-  const void* left;      // [M, K], or [K, M] where it is turned
-  const void* right;     // [K, N], or [N, K] where it is turned
+  const void* left;      // [M, K], or [K, M] where it is transposed
+  const void* right;     // [K, N], or [N, K] where it is transposed
   void* out;             // [M, N], its rows at multiples of 64 bytes unless it is added to
-  int64_t rows;          // M, a multiple of 32 where left is turned
+  int64_t rows;          // M, a multiple of 32 where left is transposed
   int64_t columns;       // N, a multiple of 32
-  int64_t depth;         // K, a multiple of 32 but where left is turned and right is not
+  int64_t depth;         // K, at least 32 and a multiple of it but where left is transposed and right is not
   int64_t left_stride;
-  int64_t right_stride;
+  int64_t right_stride;     // even where right is transposed
   int64_t out_stride;
-  int64_t left_turned;   // 0 or 1
-  int64_t right_turned;  // 0 or 1
+  int64_t left_transposed;   // 0 or 1
+  int64_t right_transposed;  // 0 or 1
   int64_t add;           // 0 or 1: to what stands in out
 } maskdiff_product;
 
@@ -183,8 +183,8 @@ typedef struct {
 MASKDIFF_API const char* maskdiff_source_version(void);  // of the sources this library was built from
 MASKDIFF_API int maskdiff_abi(void);                      // MASKDIFF_ABI
 
-// Instruction sets: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16. Every set gives the same bits, in
-// attention, gelu and layer_norm the same to rounding.
+// Instruction sets: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16, 4 AMX with bf16 besides. Every set gives the same
+// bits; in attention, gelu, layer_norm and product the same to rounding.
 MASKDIFF_API int maskdiff_cpu_best_level(void);  // the highest that this processor and this library have
 MASKDIFF_API int maskdiff_cpu_level(void);       // the one in use; the best until set
 MASKDIFF_API int maskdiff_cpu_set_level(int level);  // BAD_OPTION above the best. Not while another call runs
@@ -230,7 +230,7 @@ MASKDIFF_API int maskdiff_cpu_attention_backward(const maskdiff_attention_input*
                                                  int64_t grad_token_stride, void* grad_qkv, int threads);
 
 // out = left right, or out += left right: summed in float32 and rounded once. Made for AMX, and in steps where there are
-// vectors of 16 floats; elsewhere MASKDIFF_BAD_OPTION.
+// vectors of 16 floats. Errors: NO_MEMORY; BAD_OPTION elsewhere, or where the numbers above do not hold.
 MASKDIFF_API int maskdiff_cpu_product(const maskdiff_product* call, int threads);
 
 // out = x Phi(x), Phi the standard normal distribution; dense tensors of `elements` numbers. Errors: BAD_OPTION.

@@ -1,7 +1,8 @@
 """A block's forward and backward pass by hand, as one step of autograd's: what a CPU runs in training.
 
-The products and ops are those of Block.forward, in the same order and with the same roundings. What is saved is
-Python's and autograd's account of some forty parts a block, which takes longer there than the smaller parts themselves.
+The products and ops are those of Block.forward, in the same order and with the same roundings; with AMX some products
+are the library's own (maskdiff_kernels.ops.product), whose sums have another order. What is saved is Python's and
+autograd's account of some forty parts a block, which takes longer there than the smaller parts themselves.
 """
 
 import functools
@@ -84,15 +85,15 @@ class _Block(torch.autograd.Function):
         both = None
         if w.skip is not None:
             both = torch.cat([x, skip], dim=1)
-            x = _product(both, w.skip, w.skip_bias)
+            x = _linear(both, w.skip, w.skip_bias)
         normed1, mid, statistics1 = layer_norm.forward(x, w.norm1, w.norm1_bias, w.proj_bias, eps[0], True)
-        qkv = _product(normed1, w.qkv, w.qkv_bias).view(shape)
+        qkv = _linear(normed1, w.qkv, w.qkv_bias).view(shape)
         mixed, lse = _attention(qkv, cu_seqlens, max_seqlen, None, "cpp")
-        _add_product(mid, mixed.view_as(x), w.proj)
+        _add_linear(mid, mixed.view_as(x), w.proj)
         normed2, out, statistics2 = layer_norm.forward(mid, w.norm2, w.norm2_bias, w.fc2_bias, eps[1], True)
-        inner = _product(normed2, w.fc1, w.fc1_bias)
+        inner = _linear(normed2, w.fc1, w.fc1_bias)
         active = _gelu(inner, "cpp")
-        _add_product(out, active, w.fc2)
+        _add_linear(out, active, w.fc2)
         ctx.save_for_backward(
             x, both, normed1, statistics1, qkv, mixed, lse, mid, normed2, statistics2, inner, active, cu_seqlens,
             w.skip, w.norm1, w.qkv, w.proj, w.norm2, w.fc1, w.fc2,
@@ -157,7 +158,7 @@ def _pointwise(
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return x.mm(weight.t())
     if x.dtype == torch.bfloat16 and _adds_bias_itself():
@@ -165,7 +166,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.addmm(bias, x, weight.t())
 
 
-def _add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
+def _add_linear(out: Tensor, x: Tensor, weight: Tensor) -> None:
     if product.takes(x, weight) and product.leaves_threads_idle(len(x), *weight.shape):
         product.add_linear(out, x, weight)
     else:

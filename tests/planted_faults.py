@@ -161,11 +161,6 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
     ("kernels/ops/layer_norm/cpp.py", NORM, (("x.stride(1) == 1:", "x.stride(0) > 0:"),)),
     ("csrc/cpu/numbers.h", NORM, (("lanes() < count", "lanes() <= count"),)),
     (
-        "csrc/cpu/vector.h",
-        ("tests/ops/test_gelu.py", "-k", "float64"),
-        (("return y + y * (1.0f - x * y);", "return y;"),),
-    ),
-    (
         "csrc/cpu/amx.h",
         PRODUCT,
         (
@@ -174,6 +169,11 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         ),
     ),
     ("csrc/cpu/amx.h", TILES, (("  if (row < rows) multiply_rows<1>", "  if (false) multiply_rows<1>"),)),
+    (
+        "csrc/cpu/attention.cpp",
+        ("tests/ops/test_attention.py", "-k", "want_more_memory"),
+        (("length == 0 || (s > 0 && length == sequences[s - 1].length)", "s > 0"),),
+    ),
     (
         "csrc/cpu/attention_amx.h",
         TILES,
@@ -193,7 +193,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         (
             ("  write(done, call.add);\n  finish", "  finish"),
             ("turn++ % 2 * PANEL * PANEL", "0"),
-            ("right, words, at > 0);", "right, words, false);"),
+            ("right + column * words, words, at > 0);", "right + column * words, words, false);"),
             ("at + words == depth ? smaller(rows - i, PANEL) : 0", "smaller(rows - i, PANEL)"),
             ("round_up(rows, PANEL), from, rows, 2 * words", "rows, from, rows, 2 * words"),
         ),
@@ -203,6 +203,8 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         PRODUCT,
         (
             ("torch.get_num_threads() == 2 and ", ""),
+            (" and x.stride(0) % 2 == 0", ""),
+            ("        and unseen(x)\n", ""),
             (' == "amx_bf16"', ' != "baseline"'),
             ("weight.shape[0] % SIDE == ", ""),
         ),

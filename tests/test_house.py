@@ -180,7 +180,7 @@ def test_nothing_builds_with_fast_math():
         assert not re.search(r"-ffast-math|-Ofast|use_fast_math|-funsafe-math", (ROOT / file).read_text()), file
 
 
-def test_one_launch_one_assembly_one_question_for_the_compiler():
+def test_one_launch_assembly_in_two_places_one_question_for_the_compiler():
     assert files_with(r"<<<") == {"csrc/cuda/launch.cuh"}
     assert files_with(r"\b(asm|__asm__)\b") == {"csrc/cuda/ptx.cuh", "csrc/cpu/amx.h"}
     assert files_with(r"\b__CUDACC__\b") == {"csrc/cuda/ptx.cuh", "csrc/common/portable.h"}

@@ -1,4 +1,4 @@
-// Products by AMX's registers, eight tiles of 16 rows of 16 words: pairs of bfloat16, or floats. Elsewhere the same in steps.
+// Products by AMX's registers, eight tiles of 16 rows of 16 words: pairs of bfloat16, or floats. Elsewhere in steps.
 #pragma once
 
 #include "cpu/panels.h"
@@ -11,18 +11,24 @@ constexpr int TILE = 16;  // rows, and words in a row
 
 #if defined(__AMX_BF16__)
 
-// While one lives the thread's tiles are in use. Whoever uses them next sets them up anew.
+// While one lives the thread's tiles have these shapes; then those of before, which others may count on.
 struct TilesInUse {
+  struct alignas(64) Shapes {
+    uint8_t palette, first_row, reserved[14];
+    uint16_t bytes_of_row[16];
+    uint8_t rows[16];
+  } before;
+  static_assert(sizeof(Shapes) == 64, "as the processor reads it");
+
   TilesInUse() {
-    struct alignas(64) {
-      uint8_t palette = 1, first_row = 0, reserved[14] = {};
-      uint16_t bytes_of_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
-    } shapes;
-    static_assert(sizeof shapes == 64, "as the processor reads it");
+    const Shapes shapes = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE}};
+    asm volatile("sttilecfg %0" : "=m"(before));
     asm volatile("ldtilecfg %0" ::"m"(shapes));
   }
-  ~TilesInUse() { asm volatile("tilerelease"); }
+  ~TilesInUse() {
+    if (before.palette) asm volatile("ldtilecfg %0" ::"m"(before));
+    else asm volatile("tilerelease");
+  }
 };
 
 template <int T>

@@ -24,17 +24,17 @@ template <class Number>
 struct ByVectors {
   static void attend(const Item& item, Arena arena) { ISA::attend<Number>(item, arena); }
   static void attend_backward(const Item& item, Arena arena) { ISA::attend_backward<Number>(item, arena); }
-  static void lay_out(Arena* arena, int64_t longest, int64_t width) { ForwardScratch(arena, longest, width); }
-  static void lay_out_backward(Arena* arena, int64_t longest, int64_t width) {
-    BackwardScratch::make<Number>(arena, longest, width);
+  static void lay_out(Arena* arena, int64_t length, int64_t width) { ForwardScratch(arena, length, width); }
+  static void lay_out_backward(Arena* arena, int64_t length, int64_t width) {
+    BackwardScratch::make<Number>(arena, length, width);
   }
 };
 
 struct ByTiles {
   static void attend(const Item& item, Arena arena) { attend_by_tiles(item, arena); }
   static void attend_backward(const Item& item, Arena arena) { attend_backward_by_tiles(item, arena); }
-  static void lay_out(Arena* arena, int64_t longest, int64_t width) { ForwardTiles(arena, longest, width); }
-  static void lay_out_backward(Arena* arena, int64_t longest, int64_t width) { BackwardTiles(arena, longest, width); }
+  static void lay_out(Arena* arena, int64_t length, int64_t width) { ForwardTiles(arena, length, width); }
+  static void lay_out_backward(Arena* arena, int64_t length, int64_t width) { BackwardTiles(arena, length, width); }
 };
 
 // A call: its input, and where its outputs go.
@@ -91,9 +91,14 @@ Item item_of(const Call& call, const Sequence& sequence, int64_t head) {
 template <class Way>
 int run_items(const Call& call, const Sequence* sequences, int threads) {
   const int64_t heads = call.input->heads, items = call.input->sequences * heads;
-  Arena wanted = {};
-  (call.grad_qkv ? Way::lay_out_backward : Way::lay_out)(&wanted, sequences[0].length, call.input->width);
-  const int64_t floats = wanted.used;
+  int64_t floats = 0;  // the longest sequence need not want the most: blocks of queries are smaller then
+  for (int64_t s = 0; s < call.input->sequences; s++) {
+    const int64_t length = sequences[s].length;
+    if (length == 0 || (s > 0 && length == sequences[s - 1].length)) continue;
+    Arena wanted = {};
+    (call.grad_qkv ? Way::lay_out_backward : Way::lay_out)(&wanted, length, call.input->width);
+    floats = greater(floats, wanted.used);
+  }
   threads = (int)smaller(threads, items);
   float* const scratch = (float*)aligned_alloc(64, (size_t)(threads * floats) * sizeof(float));
   if (!scratch) return MASKDIFF_NO_MEMORY;

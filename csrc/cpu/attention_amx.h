@@ -2,7 +2,7 @@
 //
 // Scores stand transposed, keys down and queries across, so that softmax goes down the columns, lane by lane: no sums
 // across a vector, no ends of rows to mask. Its results are the right factor of the product to come as they leave the
-// registers, and the left one of the gradients of K and V. Outputs by query come out transposed, and are turned.
+// registers, and the left one of the gradients of K and V. Outputs by query come out transposed, and are transposed.
 #pragma once
 
 #include "cpu/amx.h"
@@ -34,24 +34,25 @@ static void pack_left(float* to, const Sides& sides, Rows from, int64_t tokens, 
 }
 
 // The transpose [words of width, tokens] as a right factor. along: scratch, [tokens, words of width].
-static void pack_turned(float* to, float* along, Rows from, int64_t tokens, int64_t width) {
+static void pack_transposed(float* to, float* along, Rows from, int64_t tokens, int64_t width) {
   const int64_t tall = round_up(tokens, PANEL);
   Pairs::pack_along(along, tall, from, tokens, width);
   transpose(to, along, tall, width / 2);
 }
 
 // The transpose [width, words of tokens] as a left factor. down: scratch, [words of tokens, width].
-static void pack_left_turned(float* to, float* down, const Sides& sides, Rows from, int64_t tokens, int64_t width) {
+static void pack_left_transposed(float* to, float* down, const Sides& sides, Rows from, int64_t tokens, int64_t width) {
   pack_row_pairs(down, sides.pairs, from, tokens, width);
   transpose(to, down, sides.pairs, width);
 }
 
-// Writes PANEL or fewer columns of a panel [width, PANEL] as rows, each times its factor. turned: scratch.
-static void write_turned(Rows to, int64_t rows, int64_t width, const float* from, const float* factors, float* turned) {
-  transpose(turned, from, width, PANEL);
+// Writes PANEL or fewer columns of a panel [width, PANEL] as rows, each times its factor. transposed: scratch.
+static void write_transposed(Rows to, int64_t rows, int64_t width, const float* from, const float* factors,
+                             float* scratch) {
+  transpose(scratch, from, width, PANEL);
   for (int64_t row = 0; row < rows; row++, to.data += to.row_bytes) {
     for (int64_t column = 0; column < width; column += PANEL) {
-      const float* const at = turned + place(PANEL, row, column);
+      const float* const at = scratch + place(PANEL, row, column);
       const Vector factor = splat(factors[row]);
       *(LooseWideHalves*)(to.data + column * 2) = bfloat16_halves(load(at) * factor, load(at + WIDTH) * factor);
     }
@@ -69,36 +70,35 @@ static void write_rows(Rows to, int64_t rows, int64_t width, const float* from, 
 
 struct ForwardTiles {
   float* k;            // left [keys, words of width]
-  float* v_turned;     // left [width, words of keys]
-  float* q_turned;     // right [words of width, queries]
+  float* v_transposed;     // left [width, words of keys]
+  float* q_transposed;     // right [words of width, queries]
   float* scores;       // [keys, PANEL]
   float* p;            // right [words of keys, PANEL]
-  float* out_turned;   // [width, PANEL]
+  float* out_transposed;   // [width, PANEL]
   float* scratch;
 
   ForwardTiles(Arena* arena, int64_t length, int64_t width) {
     const int64_t tall = round_up(length, PANEL), panels = round_up(width / 2, PANEL);
     k = arena->take(tall * panels);
-    v_turned = arena->take(width * round_up(tall / 2, PANEL));
-    q_turned = arena->take(width / 2 * tall);
+    v_transposed = arena->take(width * round_up(tall / 2, PANEL));
+    q_transposed = arena->take(width / 2 * tall);
     scores = arena->take(tall * PANEL);
     p = arena->take(tall / 2 * PANEL);
-    out_turned = arena->take(width * PANEL);
+    out_transposed = arena->take(width * PANEL);
     scratch = arena->take(greater(tall * greater(panels, width / 2), width * PANEL));
   }
 };
 
-// P = exp(scale * (score - the column's largest)) as words of two keys; keys beyond `keys` get 0.
+// P = exp(scale * score - the column's largest) as words of two keys; keys beyond `keys` get 0.
 // factors, lse [PANEL]: one over a column's sum; the log-sum-exp of the scaled scores.
 static void softmax_down(float* p, const float* scores, int64_t keys, int64_t pairs, float scale, float* factors,
                          float* lse) {
   const float factor = scale * LOG2E;
   Vector top[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())}, total[2] = {};
   for (int64_t key = 0; key < keys; key++) {
-    top[0] = larger(load(scores + key * PANEL), top[0]);
-    top[1] = larger(load(scores + key * PANEL + WIDTH), top[1]);
+    top[0] = larger(load(scores + key * PANEL) * factor, top[0]);
+    top[1] = larger(load(scores + key * PANEL + WIDTH) * factor, top[1]);
   }
-  top[0] *= factor, top[1] *= factor;
   const auto exponential = [&](int64_t key, int half) MASKDIFF_INLINED {
     const Vector x = exp2(load(scores + key * PANEL + half * WIDTH) * factor - top[half]);
     total[half] += x;
@@ -125,14 +125,14 @@ static void attend_by_tiles(const Item& item, Arena arena) {
   const ForwardTiles s(&arena, length, width);
   alignas(64) float factors[PANEL], lse[PANEL];
   pack_left(s.k, sides, item.k, length, width);
-  pack_left_turned(s.v_turned, s.scratch, sides, item.v, length, width);
-  pack_turned(s.q_turned, s.scratch, item.q, length, width);
+  pack_left_transposed(s.v_transposed, s.scratch, sides, item.v, length, width);
+  pack_transposed(s.q_transposed, s.scratch, item.q, length, width);
   for (int64_t panel = 0; panel < sides.panels; panel++) {
     const int64_t first = panel * PANEL, queries = smaller(length - first, PANEL);
-    multiply_panel(s.scores, sides.tall, s.k, sides.tall, s.q_turned + first * sides.depth, sides.depth, false);
+    multiply_panel(s.scores, sides.tall, s.k, sides.tall, s.q_transposed + first * sides.depth, sides.depth, false);
     softmax_down(s.p, s.scores, length, sides.pairs, item.scale, factors, lse);
-    multiply_panel(s.out_turned, width, s.v_turned, width, s.p, sides.pairs, false);
-    write_turned(from_row(item.out, first), queries, width, s.out_turned, factors, s.scratch);
+    multiply_panel(s.out_transposed, width, s.v_transposed, width, s.p, sides.pairs, false);
+    write_transposed(from_row(item.out, first), queries, width, s.out_transposed, factors, s.scratch);
     __builtin_memcpy(item.lse + first, lse, (size_t)queries * sizeof(float));
   }
 }
@@ -145,8 +145,8 @@ MASKDIFF_INLINE int64_t query_panels(int64_t length) {  // whose gradients are m
 
 struct BackwardTiles {
   float *k, *v;                     // left [keys, words of width]
-  float* k_turned;                  // left [width, words of keys]
-  float *q_turned, *grad_turned;    // right [words of width, queries of the block]
+  float* k_transposed;                  // left [width, words of keys]
+  float *q_transposed, *grad_transposed;    // right [words of width, queries of the block]
   float *q_down, *grad_down;        // right [words of queries, width]
   float *scores, *slopes;           // [keys, PANEL]: scores, then P; dP
   float *p, *ds;                    // left [keys, words of queries]
@@ -160,9 +160,9 @@ struct BackwardTiles {
     const int64_t block = smaller(query_panels(length) * PANEL, tall);
     k = arena->take(tall * panels);
     v = arena->take(tall * panels);
-    k_turned = arena->take(width * round_up(tall / 2, PANEL));
-    q_turned = arena->take(width / 2 * block);
-    grad_turned = arena->take(width / 2 * block);
+    k_transposed = arena->take(width * round_up(tall / 2, PANEL));
+    q_transposed = arena->take(width / 2 * block);
+    grad_transposed = arena->take(width / 2 * block);
     q_down = arena->take(block / 2 * width);
     grad_down = arena->take(block / 2 * width);
     scores = arena->take(tall * PANEL);
@@ -223,13 +223,13 @@ static void attend_backward_by_tiles(const Item& item, Arena arena) {
   for (float& one : ones) one = 1.0f;
   pack_left(s.k, keys, item.k, length, width);
   pack_left(s.v, keys, item.v, length, width);
-  pack_left_turned(s.k_turned, s.scratch, keys, item.k, length, width);
+  pack_left_transposed(s.k_transposed, s.scratch, keys, item.k, length, width);
   for (int64_t start = 0; start < length; start += block) {
     const int64_t rows = smaller(length - start, block);
     const Rows q = from_row(item.q, start), grad_out = from_row(item.grad_out, start);
     const Sides queries(rows, width);
-    pack_turned(s.q_turned, s.scratch, q, rows, width);
-    pack_turned(s.grad_turned, s.scratch, grad_out, rows, width);
+    pack_transposed(s.q_transposed, s.scratch, q, rows, width);
+    pack_transposed(s.grad_transposed, s.scratch, grad_out, rows, width);
     pack_row_pairs(s.q_down, queries.pairs, q, rows, width);
     pack_row_pairs(s.grad_down, queries.pairs, grad_out, rows, width);
     for (int64_t panel = 0; panel < queries.panels; panel++) {
@@ -237,11 +237,11 @@ static void attend_backward_by_tiles(const Item& item, Arena arena) {
       const int64_t to = place(keys.tall, 0, panel * PANEL_WORDS);
       alignas(64) float lse[PANEL] = {};
       __builtin_memcpy(lse, item.lse + start + first, (size_t)count * sizeof(float));
-      multiply_panel(s.scores, keys.tall, s.k, keys.tall, s.q_turned + at, keys.depth, false);
-      multiply_panel(s.slopes, keys.tall, s.v, keys.tall, s.grad_turned + at, keys.depth, false);
+      multiply_panel(s.scores, keys.tall, s.k, keys.tall, s.q_transposed + at, keys.depth, false);
+      multiply_panel(s.slopes, keys.tall, s.v, keys.tall, s.grad_transposed + at, keys.depth, false);
       finish_panel(s, s.p + to, s.ds + to, length, keys.pairs, item.scale, lse);
-      multiply_panel(s.q_gradient, width, s.k_turned, width, s.ds_down, keys.pairs, false);
-      write_turned(from_row(item.grad_q, start + first), count, width, s.q_gradient, ones, s.scratch);
+      multiply_panel(s.q_gradient, width, s.k_transposed, width, s.ds_down, keys.pairs, false);
+      write_transposed(from_row(item.grad_q, start + first), count, width, s.q_gradient, ones, s.scratch);
     }
     for (int64_t column = 0; column < width; column += PANEL) {
       const int64_t right = column * queries.pairs, to = column * keys.tall;

@@ -9,7 +9,7 @@
 namespace maskdiff {
 namespace {
 
-// Whether there are AMX's tiles and the system lets this process use them: it saves them for those alone that ask (Linux,
+// Whether there are AMX's tiles and the system lets this process use them: it saves them only for those that ask (Linux,
 // Documentation/arch/x86/xstate.rst).
 bool may_use_tiles() {
 #if defined(MASKDIFF_AMX) && defined(__linux__)

@@ -12,7 +12,6 @@ namespace ISA {
 namespace {
 
 constexpr int64_t CHUNK = 64;  // at most so many rows are summed one after another, whatever the number of threads
-
 constexpr int64_t ROWS_AHEAD = 2;
 
 typedef Numbers<MASKDIFF_FLOAT32> Floats;

@@ -12,7 +12,7 @@ namespace maskdiff {
 namespace ISA {
 namespace {
 
-constexpr int PANEL = 2 * WIDTH;  // columns of a tile
+constexpr int PANEL = 2 * WIDTH;  // words in a row of a panel
 
 MASKDIFF_INLINE int64_t size_of(int64_t dtype) { return dtype == MASKDIFF_FLOAT32 ? 4 : 2; }
 
@@ -86,7 +86,8 @@ static void pack_row_pairs(float* to, int64_t height, Rows from, int64_t rows, i
   }
 }
 
-// WIDTH rows, `stride` words apart, of WIDTH words, transposed into a panel: first within fours of lanes, then the fours among each other.
+// WIDTH rows, `stride` words apart, of WIDTH words, transposed into a panel: first within fours of lanes, then the fours
+// among each other.
 MASKDIFF_INLINE void transpose_square(float* to, const float* from, int64_t stride) {
   Vector x[WIDTH];
   Integers low = {}, high = {}, even = {}, odd = {};

@@ -1,7 +1,7 @@
 // product: out = left right in bfloat16, by AMX's tiles.
 //
-// Each thread has a part of the output's rows or columns. It packs the right factor's columns, then goes over its rows in
-// blocks, a chunk of depth at a time.
+// Each thread has a part of the output's rows or columns. For a chunk of depth it packs the right factor's columns, then
+// goes over its rows in blocks.
 #include <omp.h>
 #include <stdlib.h>
 
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t BLOCK_WORDS = 262144;  // of the left factor: they stay in the second cache
 constexpr int64_t MOST_WORDS = 2048;     // of depth at a time
 
-// A thread's part: rows and columns of the output, but for the last row multiples of PANEL.
+// A thread's part of the output. First row, first column and columns are multiples of PANEL.
 struct Part {
   const maskdiff_product* call;
   int64_t first_row, rows, first_column, columns;
@@ -29,16 +29,16 @@ struct Part {
 };
 
 struct Panels {
-  float* right;  // [words of depth, columns]
+  float* right;  // [words of a chunk, columns]
   float* left;   // [rows of a block, words of a chunk]
-  float* down;   // the same before it is turned, if it is
-  float* sums;   // [rows of a block, columns]; whole: two squares in turns
+  float* down;   // the same before it is transposed, if it is
+  float* sums;   // [rows, columns]; where one chunk is all, two squares that are used in turns
 
   Panels(Arena* arena, const Part& part) {
-    right = arena->take(part.depth() * part.columns);
+    right = arena->take(part.chunk() * part.columns);
     left = arena->take(part.block() * round_up(part.chunk(), PANEL));
-    down = arena->take(part.call->left_turned ? part.block() * part.chunk() : 0);
-    sums = arena->take(part.whole() ? 2 * PANEL * PANEL : part.block() * part.columns);
+    down = arena->take(part.call->left_transposed ? part.block() * part.chunk() : 0);
+    sums = arena->take(part.whole() ? 2 * PANEL * PANEL : round_up(part.rows, PANEL) * part.columns);
   }
 };
 
@@ -46,17 +46,18 @@ Rows rows_at(const void* data, int64_t stride, int64_t row, int64_t column) {
   return Rows{(char*)data + (row * stride + column) * 2, stride * 2, MASKDIFF_BFLOAT16};
 }
 
-void pack_right(float* to, const Part& part) {
+// The part's columns, `words` of depth from `at` on.
+void pack_right(float* to, const Part& part, int64_t at, int64_t words) {
   const maskdiff_product& call = *part.call;
-  if (!call.right_turned) {
-    const Rows from = rows_at(call.right, call.right_stride, 0, part.first_column);
-    return pack_row_pairs(to, part.depth(), from, call.depth, part.columns);
+  if (!call.right_transposed) {
+    const Rows from = rows_at(call.right, call.right_stride, 2 * at, part.first_column);
+    return pack_row_pairs(to, words, from, smaller(call.depth - 2 * at, 2 * words), part.columns);
   }
-  const Rows from = rows_at(call.right, call.right_stride, part.first_column, 0);
+  const Rows from = rows_at(call.right, call.right_stride, part.first_column, 2 * at);
   for (int64_t column = 0; column < part.columns; column += TILE) {
-    for (int64_t word = 0; word < part.depth(); word += TILE) {
+    for (int64_t word = 0; word < words; word += TILE) {
       const char* const square = from.data + column * from.row_bytes + word * 4;
-      transpose_square(to + place(part.depth(), word, column), (const float*)square, from.row_bytes / 4);
+      transpose_square(to + place(words, word, column), (const float*)square, from.row_bytes / 4);
     }
   }
 }
@@ -64,7 +65,7 @@ void pack_right(float* to, const Part& part) {
 // `words` of depth from `at` on, of some rows; beyond these the panels' rows are 0.
 void pack_left(const Panels& s, const Part& part, int64_t row, int64_t rows, int64_t at, int64_t words) {
   const maskdiff_product& call = *part.call;
-  if (!call.left_turned) {
+  if (!call.left_transposed) {
     const Rows from = rows_at(call.left, call.left_stride, part.first_row + row, 2 * at);
     return Pairs::pack_along(s.left, round_up(rows, PANEL), from, rows, 2 * words);
   }
@@ -100,19 +101,19 @@ void run_part(const Part& part, Arena arena) {
   const Panels s(&arena, part);
   const maskdiff_product& call = *part.call;
   const int64_t depth = part.depth(), block = part.block(), chunk = part.chunk();
-  pack_right(s.right, part);
   Square done = {};  // is written while the next one is made, as tiles take a while to arrive
   int64_t turn = 0;
-  for (int64_t row = 0; row < part.rows; row += block) {
-    const int64_t rows = smaller(part.rows - row, block), tall = round_up(rows, PANEL);
-    for (int64_t at = 0; at < depth; at += chunk) {
-      const int64_t words = smaller(depth - at, chunk);
+  for (int64_t at = 0; at < depth; at += chunk) {
+    const int64_t words = smaller(depth - at, chunk);
+    pack_right(s.right, part, at, words);
+    for (int64_t row = 0; row < part.rows; row += block) {
+      const int64_t rows = smaller(part.rows - row, block), tall = round_up(rows, PANEL);
       pack_left(s, part, row, rows, at, words);
       for (int64_t column = 0; column < part.columns; column += PANEL) {
-        const float* const right = s.right + column * depth + at * PANEL;
         for (int64_t i = 0; i < rows; i += PANEL) {
-          float* const sums = s.sums + (part.whole() ? turn++ % 2 * PANEL * PANEL : column * block + i * PANEL);
-          multiply_panel(sums, PANEL, s.left + i * PANEL, tall, right, words, at > 0);
+          const int64_t place = column / PANEL * round_up(part.rows, PANEL) + row + i;
+          float* const sums = s.sums + (part.whole() ? turn++ % 2 * PANEL : place) * PANEL;
+          multiply_panel(sums, PANEL, s.left + i * PANEL, tall, s.right + column * words, words, at > 0);
           write(done, call.add);
           const Rows out = rows_at(call.out, call.out_stride, part.first_row + row + i, part.first_column + column);
           done = Square{sums, out, at + words == depth ? smaller(rows - i, PANEL) : 0};
@@ -127,8 +128,10 @@ void run_part(const Part& part, Arena arena) {
 }  // namespace
 
 int product(const maskdiff_product* call, int threads) {
-  const int64_t along = call->left_turned ? call->rows : call->depth;
-  if (WIDTH != TILE || call->columns % PANEL || along % PANEL || (call->right_turned && call->depth % PANEL)) {
+  const bool by_rows = !call->left_transposed || call->right_transposed;  // a factor's rows are of `depth` numbers
+  const bool whole_lines = call->add || ((uintptr_t)call->out % 64 == 0 && call->out_stride % PANEL == 0);
+  if (WIDTH != TILE || !whole_lines || call->columns % PANEL || (call->left_transposed && call->rows % PANEL) ||
+      (by_rows && (call->depth % PANEL || call->depth == 0)) || (call->right_transposed && call->right_stride % 2)) {
     return MASKDIFF_BAD_OPTION;
   }
   // The smaller factor is the one that every thread packs for itself.

@@ -120,7 +120,8 @@ MASKDIFF_INLINE WideHalves bfloat16_halves(Vector first, Vector second) {
 #endif
 }
 
-// Whole lines of memory written without being read first, and kept in no cache. Other threads see them after the second.
+// A line of memory, 64 bytes at a multiple of them, written without being read first and kept in no cache. Other threads
+// see it after finish_stores_past_caches.
 MASKDIFF_INLINE void store_past_caches(void* to, WideHalves x) {
 #if MASKDIFF_WIDTH == 16 && defined(__AVX512F__)
   _mm512_stream_si512((__m512i*)to, (__m512i)x);

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from maskdiff_kernels import library
+from maskdiff_kernels.ops.registration import unseen
 from maskdiff_kernels.ops.structs import ProductStruct, call
 
 SIDE = 32  # what a layer's widths must be multiples of
 FEW_ROWS, FEW_COLUMNS, LONG = 1280, 768, 1024
+MOST_THREADS = 2  # with more nothing was measured, and each packs one factor for itself
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -20,7 +22,9 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype == weight.dtype == torch.bfloat16
         and x.is_cpu
+        and unseen(x)
         and weight.shape[0] % SIDE == weight.shape[1] % SIDE == 0
+        and torch.get_num_threads() <= MOST_THREADS
         and library.cpu_level() == "amx_bf16"
     )
 
@@ -37,7 +41,7 @@ def add_linear(
     weight: Tensor,  # [N, K] bfloat16
 ) -> Tensor:  # [T, N] bfloat16
     """out plus x times the transpose of weight, summed in float32 and rounded once."""
-    return _product(x, weight, out, right_turned=True, add=True)
+    return _product(x, weight, out, right_transposed=True, add=True)
 
 
 def input_gradient(
@@ -53,20 +57,21 @@ def weight_gradient(
     x: Tensor,  # [T, K] bfloat16
 ) -> Tensor:  # [N, K] bfloat16
     """The transpose of grad_out times x, summed in float32 and rounded once."""
-    return _product(grad_out, x, x.new_empty(grad_out.shape[1], x.shape[1]), left_turned=True)
+    return _product(grad_out, x, x.new_empty(grad_out.shape[1], x.shape[1]), left_transposed=True)
 
 
 def _product(
-    left: Tensor,  # [M, K], or [K, M] where it is turned
+    left: Tensor,  # [M, K], or [K, M] where it is transposed
     right: Tensor,  # [K, N], or [N, K]
     out: Tensor,  # [M, N]
-    left_turned: bool = False,
-    right_turned: bool = False,
+    left_transposed: bool = False,
+    right_transposed: bool = False,
     add: bool = False,
 ) -> Tensor:
-    left, right = (factor if factor.stride(1) == 1 else factor.contiguous() for factor in (left, right))
+    left, right = (x if x.stride(1) == 1 and x.stride(0) % 2 == 0 else x.contiguous() for x in (left, right))
     strides = (left.stride(0), right.stride(0), out.stride(0))
     pointers = (left.data_ptr(), right.data_ptr(), out.data_ptr())
-    struct = ProductStruct(*pointers, *out.shape, right.shape[right_turned], *strides, left_turned, right_turned, add)
+    options = (left_transposed, right_transposed, add)
+    struct = ProductStruct(*pointers, *out.shape, right.shape[right_transposed], *strides, *options)
     call("maskdiff_cpu_product", ctypes.byref(struct))
     return out

@@ -89,7 +89,7 @@ class ProductStruct(ctypes.Structure):
     """maskdiff_product."""
 
     _fields_ = _fields(
-        "left right out", "rows columns depth left_stride right_stride out_stride left_turned right_turned add"
+        "left right out", "rows columns depth left_stride right_stride out_stride left_transposed right_transposed add"
     )
 
 

@@ -39,6 +39,11 @@ def some_dtype(backend: str) -> torch.dtype:
     return torch.float32 if taken(backend, random(1, 1, 3, 1, 64)) else torch.bfloat16
 
 
+def some_dtypes(backend: str) -> list[torch.dtype]:
+    """The C++ multiplies bfloat16 by instructions of its own."""
+    return [torch.float32, torch.bfloat16] if backend == "cpp" else [some_dtype(backend)]
+
+
 # ---- truth ----
 
 
@@ -69,18 +74,17 @@ def test_log_sum_exp(level, dtype):
         assert (lse - exact).abs().max() <= 2 * peer_error + rounding
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, -0.7])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, -0.7, -6.0])
 def test_scale(implementation, scale):
-    dtype = some_dtype(implementation)
-    qkv, grad_out = random(2, 37, 3, 3, 32, dtype=dtype), random(2, 37, 96, dtype=dtype, seed=1)
-    got = both(attend(implementation, scale=scale), qkv, grad_out)
-    check(qkv, grad_out, got, scale=scale, backend=implementation)
+    for dtype in some_dtypes(implementation):
+        qkv, grad_out = random(2, 37, 3, 3, 32, dtype=dtype), random(2, 37, 96, dtype=dtype, seed=1)
+        got = both(attend(implementation, scale=scale), qkv, grad_out)
+        check(qkv, grad_out, got, scale=scale, backend=implementation)
 
 
 def test_one_key_has_all(implementation):
     """Scores of hundreds: no exponential overflows, no row is lost, and keys that are not there do not count."""
-    dtype = some_dtype(implementation)
-    for sign, length in itertools.product((1, -1), (2, 9, 17, 33)):
+    for dtype, sign, length in itertools.product(some_dtypes(implementation), (1, -1), (2, 9, 17, 33)):
         qkv, grad_out = random(1, length, 3, 2, 64, dtype=dtype), random(1, length, 128, dtype=dtype, seed=1)
         qkv[:, :, 0], qkv[:, :, 1] = 5.0, sign * 5.0
         qkv[:, 0, 1] += 1.0  # scores of 200 or -200, key 0's 40 more
@@ -94,14 +98,14 @@ def test_one_key_has_all(implementation):
 
 def test_not_a_number_stays_in_its_sequence(implementation):
     lengths = [5, 40, 0, 3]
-    dtype = some_dtype(implementation)
-    qkv, grad_out = random(48, 3, 2, 64, dtype=dtype), random(48, 128, dtype=dtype, seed=1)
-    qkv[20, 1, 0, 7] = torch.nan  # a key of sequence 1, head 0
-    got = both(attend(implementation, lengths), qkv, grad_out)
-    clean = torch.ones(48, 2, dtype=torch.bool)
-    clean[5:45, 0] = False
-    assert torch.equal(got[0].view(48, 2, 64).isnan().any(-1), ~clean)
-    assert torch.equal(got[1].isnan().any(-1).any(1), ~clean)
+    for dtype in some_dtypes(implementation):
+        qkv, grad_out = random(48, 3, 2, 64, dtype=dtype), random(48, 128, dtype=dtype, seed=1)
+        qkv[20, 1, 0, 7] = torch.nan  # a key of sequence 1, head 0
+        got = both(attend(implementation, lengths), qkv, grad_out)
+        clean = torch.ones(48, 2, dtype=torch.bool)
+        clean[5:45, 0] = False
+        assert torch.equal(got[0].view(48, 2, 64).isnan().any(-1), ~clean)
+        assert torch.equal(got[1].isnan().any(-1).any(1), ~clean)
 
 
 # ---- ragged ----
@@ -218,7 +222,11 @@ def test_what_is_kept_for_the_backward():
 
 def check_cpp(products: str) -> None:
     """The C++ by its module, bfloat16 multiplied in a given way: lengths with and without tails, equal and ragged."""
-    for width, lengths in ((32, (33,)), (64, (2, 3, 15, 16, 17, 27, 32, 33, 64, 65, 66, 129, 257, 417)), (128, (34,))):
+    for width, lengths in (
+        (32, (33, 900)),
+        (64, (2, 3, 15, 16, 17, 27, 32, 33, 64, 65, 66, 129, 257, 417)),
+        (128, (34, 417)),
+    ):
         scale = width**-0.5
         for length in lengths:
             qkv = random(2, length, 3, 4, width, dtype=torch.bfloat16)
@@ -243,6 +251,29 @@ def test_products_of_bfloat16(level, products):
     if products == "tiles" and level in ("baseline", "avx2"):
         pytest.skip("tiles take vectors of sixteen: test_vectors_of_sixteen runs them here")
     check_cpp(products)
+
+
+@pytest.mark.parametrize("products", ["tiles", "pairs", "widened"])
+@pytest.mark.usefixtures("threads")
+def test_shorter_sequences_that_want_more_memory(level, products):
+    """Blocks of queries are the larger, the shorter a sequence: each of these beside itself alone."""
+    if products == "tiles" and level in ("baseline", "avx2"):
+        pytest.skip("tiles take vectors of sixteen")
+    torch.set_num_threads(1)
+    for width, lengths in itertools.product((32, 128), ([384, 368, 1], [1400, 1360])):
+        qkv = random(sum(lengths), 3, 1, width, dtype=torch.bfloat16)
+        grad_out = random(sum(lengths), width, dtype=torch.bfloat16, seed=1)
+        options = offsets(lengths), max(lengths), width**-0.5, products
+        out, lse = cpp.run(qkv, *options)
+        grad = cpp.run_backward(grad_out, qkv, out, lse, *options)
+        parts = zip(*(tensor.split(lengths) for tensor in (qkv, grad_out, out, lse.t(), grad)), strict=True)
+        for one, one_grad, part, part_lse, part_grad in parts:
+            alone, alone_lse = cpp.run(one[None], None, None, width**-0.5, products)
+            assert torch.equal(alone[0], part) and torch.equal(alone_lse, part_lse.t())
+            alone_grad = cpp.run_backward(
+                one_grad[None], one[None], alone, alone_lse, None, None, width**-0.5, products
+            )
+            assert torch.equal(alone_grad[0], part_grad)
 
 
 @pytest.mark.usefixtures("poisoned")
