@@ -1,8 +1,8 @@
 """Products of the library's own, by AMX's tiles, beside PyTorch's: FLOP/s. See conftest.py.
 
-Those of preset celeba64's fc1 and fc2, batch 8, at 0, 50, 75 and 90 % masked: the gradients of both weights, fc2's product
-added to a residual and the gradient of fc1's input. On two threads, where the block in training takes them; the last two
-only where kernels/ops/product.py says that PyTorch leaves one idle.
+Those of preset celeba64's fc1 and fc2, batch 8, at 0, 50, 75 and 90 % masked: the gradients of both weights, fc2's
+product added to a residual and the gradient of fc1's input. In training the last two are the library's only where
+kernels/ops/product.py says that PyTorch leaves a thread idle.
 """
 
 import pytest

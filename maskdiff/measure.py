@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from maskdiff_kernels import library
+
 from .capture import Captured
 
 Clock = Callable[[Callable[[], object], torch.device], Callable[[], float]]
@@ -236,6 +238,10 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+    try:
+        found["kernels"] = library.cpu_level()
+    except library.LibraryError:
+        found["kernels"] = "none"
     if device.type == "cuda":
         found["card"] = torch.cuda.get_device_name(device)
     return found
