@@ -11,7 +11,7 @@ namespace maskdiff {
 namespace ISA {
 
 constexpr int64_t CHUNK = 16384;  // elements of the flat buffers whose squares make one partial sum
-constexpr int WINDOW = 128;       // elements updated at a time, so that reading and writing mix; 512 took 8 % longer
+constexpr int WINDOW = 128;       // elements updated at a time, so that reading and writing mix: docs/notebook.md, AMX
 constexpr int STREAMS = 4;        // read side by side: one alone does not keep a core's memory port busy
 constexpr int SPAN = 4096;        // elements whose squares are summed at a time
 
