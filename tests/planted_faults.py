@@ -192,7 +192,7 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
         PRODUCT,
         (
             ("  write(done, call.add);\n  finish", "  finish"),
-            ("turn++ % 2 * PANEL * PANEL", "0"),
+            ("turn++ % 2 * PANEL : place", "0 : place"),
             ("right + column * words, words, at > 0);", "right + column * words, words, false);"),
             ("at + words == depth ? smaller(rows - i, PANEL) : 0", "smaller(rows - i, PANEL)"),
             ("round_up(rows, PANEL), from, rows, 2 * words", "rows, from, rows, 2 * words"),
