@@ -100,7 +100,8 @@ class Tree:
             )
         except subprocess.TimeoutExpired:
             return False, f"no end within {TIMEOUT} s"
-        if done.returncode > 1:  # 1: tests failed, below 0: crashed; all else (a name of no test, say) is a fault of the list
+        # 1: tests failed; below 0: they crashed; all else (a name of no test, say) is a fault of the list
+        if done.returncode > 1:
             raise SystemExit(f"error: {' '.join(command)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
         return done.returncode == 0, done.stdout
 
