@@ -103,18 +103,18 @@ typedef struct {
 
 // What product reads and writes: matrices of bfloat16. Strides are in elements, from row to row.
 typedef struct {
-  const void* left;      // [M, K], or [K, M] where it is transposed
-  const void* right;     // [K, N], or [N, K] where it is transposed
-  void* out;             // [M, N], its rows at multiples of 64 bytes unless it is added to
-  int64_t rows;          // M, a multiple of 32 where left is transposed
-  int64_t columns;       // N, a multiple of 32
-  int64_t depth;         // K, at least 32 and a multiple of it but where left is transposed and right is not
+  const void* left;          // [M, K], or [K, M] where it is transposed
+  const void* right;         // [K, N], or [N, K] where it is transposed
+  void* out;                 // [M, N], its rows at multiples of 64 bytes unless it is added to
+  int64_t rows;              // M, a multiple of 32 where left is transposed
+  int64_t columns;           // N, a multiple of 32
+  int64_t depth;             // K, at least 32 and a multiple of it but where left is transposed and right is not
   int64_t left_stride;
-  int64_t right_stride;     // even where right is transposed
+  int64_t right_stride;      // even where right is transposed
   int64_t out_stride;
   int64_t left_transposed;   // 0 or 1
   int64_t right_transposed;  // 0 or 1
-  int64_t add;           // 0 or 1: to what stands in out
+  int64_t add;               // 0 or 1: to what stands in out
 } maskdiff_product;
 
 // What adamw_ema updates: flat buffers of N floats, in which S segments (the parameters) lie one after another, with gaps

@@ -185,6 +185,8 @@ PLANTED: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, str], ...]], ...] = 
                 "s.p, keys.tall, s.grad_down + right, queries.pairs, false",
             ),
             ("LN2 * top[half] + log(total[half])", "top[half] + log(total[half])"),
+            ("* factor - top[half])", "* factor)"),
+            ("larger(load(scores + key * PANEL) * factor, top[0])", "larger(load(scores + key * PANEL), top[0])"),
         ),
     ),
     (

@@ -88,7 +88,7 @@ MASKDIFF_INLINE void multiply_tiles() {
 
 #endif
 
-// DOWN tiles below one another of two side by side, each a sum over `depth` words.
+// Rows of two tiles side by side, DOWN of them below one another: sums over `depth` words.
 template <int DOWN>
 MASKDIFF_INLINE void multiply_rows(float* to, const float* left, int64_t left_height, const float* right, int64_t depth,
                                    bool add) {

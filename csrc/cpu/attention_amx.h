@@ -2,7 +2,8 @@
 //
 // Scores stand transposed, keys down and queries across, so that softmax goes down the columns, lane by lane: no sums
 // across a vector, no ends of rows to mask. Its results are the right factor of the product to come as they leave the
-// registers, and the left one of the gradients of K and V. Outputs by query come out transposed, and are transposed.
+// registers, and the left one of the gradients of K and V. Outputs by query come out transposed, and are
+// transposed back as they are written.
 #pragma once
 
 #include "cpu/amx.h"
@@ -16,10 +17,10 @@ constexpr int64_t PANEL_WORDS = PANEL / 2;  // what PANEL numbers take as pairs
 
 // Lengths as the products see them.
 struct Sides {
-  int64_t tall;     // tokens as rows: a multiple of TILE
-  int64_t pairs;    // tokens in pairs, as depth: a multiple of TILE words
-  int64_t panels;   // of tokens
-  int64_t depth;    // width, in words
+  int64_t tall;    // tokens as rows: a multiple of TILE
+  int64_t pairs;   // tokens in pairs, as depth: a multiple of TILE words
+  int64_t panels;  // of tokens
+  int64_t depth;   // width, in words
 
   Sides(int64_t tokens, int64_t width)
       : tall(round_up(tokens, TILE)),
@@ -46,7 +47,7 @@ static void pack_left_transposed(float* to, float* down, const Sides& sides, Row
   transpose(to, down, sides.pairs, width);
 }
 
-// Writes PANEL or fewer columns of a panel [width, PANEL] as rows, each times its factor. transposed: scratch.
+// Writes PANEL or fewer columns of a panel [width, PANEL] as rows, each times its factor. scratch: [PANEL, width].
 static void write_transposed(Rows to, int64_t rows, int64_t width, const float* from, const float* factors,
                              float* scratch) {
   transpose(scratch, from, width, PANEL);
@@ -59,6 +60,7 @@ static void write_transposed(Rows to, int64_t rows, int64_t width, const float* 
   }
 }
 
+// Writes panels [height, width] of floats as rows of bfloat16.
 static void write_rows(Rows to, int64_t rows, int64_t width, const float* from, int64_t height) {
   for (int64_t row = 0; row < rows; row++, to.data += to.row_bytes) {
     for (int64_t column = 0; column < width; column += PANEL) {
@@ -69,12 +71,12 @@ static void write_rows(Rows to, int64_t rows, int64_t width, const float* from, 
 }
 
 struct ForwardTiles {
-  float* k;            // left [keys, words of width]
-  float* v_transposed;     // left [width, words of keys]
-  float* q_transposed;     // right [words of width, queries]
-  float* scores;       // [keys, PANEL]
-  float* p;            // right [words of keys, PANEL]
-  float* out_transposed;   // [width, PANEL]
+  float* k;               // left [keys, words of width]
+  float* v_transposed;    // left [width, words of keys]
+  float* q_transposed;    // right [words of width, queries]
+  float* scores;          // [keys, PANEL]
+  float* p;               // right [words of keys, PANEL]
+  float* out_transposed;  // [width, PANEL]
   float* scratch;
 
   ForwardTiles(Arena* arena, int64_t length, int64_t width) {
@@ -144,15 +146,15 @@ MASKDIFF_INLINE int64_t query_panels(int64_t length) {  // whose gradients are m
 }
 
 struct BackwardTiles {
-  float *k, *v;                     // left [keys, words of width]
-  float* k_transposed;                  // left [width, words of keys]
-  float *q_transposed, *grad_transposed;    // right [words of width, queries of the block]
-  float *q_down, *grad_down;        // right [words of queries, width]
-  float *scores, *slopes;           // [keys, PANEL]: scores, then P; dP
-  float *p, *ds;                    // left [keys, words of queries]
-  float* ds_down;                   // right [words of keys, PANEL]
-  float* q_gradient;                // [width, PANEL]
-  float *k_gradient, *v_gradient;   // [keys, width]
+  float *k, *v;                           // left [keys, words of width]
+  float* k_transposed;                    // left [width, words of keys]
+  float *q_transposed, *grad_transposed;  // right [words of width, queries of the block]
+  float *q_down, *grad_down;              // right [words of queries, width]
+  float *scores, *slopes;                 // [keys, PANEL]: scores, then P; dP
+  float *p, *ds;                          // left [keys, words of queries]
+  float* ds_down;                         // right [words of keys, PANEL]
+  float* q_gradient;                      // [width, PANEL]
+  float *k_gradient, *v_gradient;         // [keys, width]
   float* scratch;
 
   BackwardTiles(Arena* arena, int64_t length, int64_t width) {

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t PIECE = 8192;  // elements that a thread takes at a time
 constexpr int64_t ROWS = 64;     // at most so many are summed one after another, whatever the number of threads
-constexpr int64_t BYTES_AHEAD = 2048;
+constexpr int64_t BYTES_AHEAD = 2048;  // of what is read, memory is asked for
 constexpr int GROUP = 4;         // vectors side by side: one alone would wait for each of its own results
 
 // The normal distribution at a = |x|: its density is 0.39894228 exponential, what lies beyond a is exponential * tail.

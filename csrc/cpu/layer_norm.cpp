@@ -12,7 +12,7 @@ namespace ISA {
 namespace {
 
 constexpr int64_t CHUNK = 64;  // at most so many rows are summed one after another, whatever the number of threads
-constexpr int64_t ROWS_AHEAD = 2;
+constexpr int64_t ROWS_AHEAD = 2;  // of the one that is read, memory is asked for
 
 typedef Numbers<MASKDIFF_FLOAT32> Floats;
 

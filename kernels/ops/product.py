@@ -13,7 +13,7 @@ from maskdiff_kernels.ops.registration import unseen
 from maskdiff_kernels.ops.structs import ProductStruct, call
 
 SIDE = 32  # what a layer's widths must be multiples of
-FEW_ROWS, FEW_COLUMNS, LONG = 1280, 768, 1024
+FEW_ROWS, FEW_COLUMNS, LONG = 1280, 768, 1024  # at most, at most, at least: where oneDNN 3.12 leaves a thread idle
 MOST_THREADS = 2  # with more nothing was measured, and each packs one factor for itself
 
 
